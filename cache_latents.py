@@ -1,0 +1,115 @@
+"""The latent cache: a phase 1 encoder run once over the training set, alpha of every latent written to shards.
+
+    python cache_latents.py --phase1 runs/joint --data train.jsonl --out runs/cache
+
+OUT/shard-00000.safetensors ... hold `probs` float16 [sum N, k], `ids` int32 [sum N, k] (none with top-k 0: probs cover the
+vocabulary) and `offsets` int64 [examples + 1]; OUT/cache.json says what they were made from and is written last.
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from data import Example, load_examples, num_latents, num_tokens, pack, pack_row
+from load_hf_weights import base_dtype, fingerprint, load_model, resolve
+from runs import UserError, at_least, file_hash, from_rank0, parser, read_json, read_tensors, run_main, start, write_json, write_tensors
+from train_phase1 import Encoder, load_encoder
+
+SHARD = 4096  # examples
+
+
+def identity(phase1: str | Path, data: str | Path, count: int, compression: int, top_k: int) -> dict:
+    """What a cache depends on; phase 2 compares it, value by value, with what it is about to train on."""
+    base = read_json(Path(phase1) / "config.json")["model"]
+    return {"compression": compression, "top_k": top_k, "count": count, "data": file_hash(data),
+            "model": fingerprint(base, Path(phase1) / "encoder.safetensors"),
+            "tokenizer": file_hash(resolve(base)[0] / "tokenizer.json")}
+
+
+@torch.no_grad()
+def encode(encoder: Encoder, examples: list[Example], r: int, k: int, row_tokens: int, device) -> list[tuple]:
+    """(probs float16 [N, k], ids int32 [N, k] or None) of each example, on the CPU; rows as long as needed."""
+    cached = [None] * len(examples)
+    lengths = [num_tokens("encoder", e, r) for e in examples]
+    for indices in pack(lengths, max(row_tokens, max(lengths))):
+        group = [examples[i] for i in indices]
+        probs, ids = encoder(pack_row("encoder", group, r).to(device), k)
+        sizes = [num_latents(e, r) for e in group]
+        split = zip(probs.half().cpu().split(sizes), [None] * len(group) if ids is None else ids.int().cpu().split(sizes))
+        for i, alpha in zip(indices, split):
+            cached[i] = alpha
+    return cached
+
+
+def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
+    """The latents of every example, in the data file's order, as `encode` gives them.
+
+    Raises UserError, naming the value, if the cache was not made from what `expected` (see `identity`) says.
+    """
+    directory = Path(directory)
+    if not (directory / "cache.json").exists():
+        raise UserError(f"{directory}: no latent cache here (no cache.json); make one with cache_latents.py, or let it finish")
+    found = read_json(directory / "cache.json")
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise UserError(f"{directory}: this cache does not fit: {key} is {found.get(key)} in the cache and {value} here; "
+                            "make the cache again from this phase 1 run and this data")
+    cached = []
+    for path in sorted(directory.glob("shard-*.safetensors")):
+        tensors, _ = read_tensors(path)
+        sizes = tensors["offsets"].diff().tolist()
+        cached += zip(tensors["probs"].split(sizes), tensors["ids"].split(sizes) if "ids" in tensors else [None] * len(sizes))
+    if len(cached) != found["count"]:
+        raise UserError(f"{directory}: {len(cached)} examples in the shards instead of {found['count']}; make the cache again")
+    return cached
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--phase1", required=True, help="the phase 1 run whose encoder makes the latents")
+    p.add_argument("--data", required=True, help="the training file of phase 2")
+    p.add_argument("--out", required=True, help="directory of the cache; a stopped run goes on")
+    p.add_argument("--row-tokens", type=at_least(1), default=8192, help="tokens of a packed row")
+    args = p.parse_args()
+    rank, world, device = start(args.device)
+    config = read_json(Path(args.phase1) / "config.json")
+    if config.get("command") != "train_phase1":
+        raise UserError(f"{args.phase1}: is no phase 1 run")
+    r, k, out = config["compression"], config["top_k"], Path(args.out)
+    model, tokenizer, _ = load_model(config["model"], device, base_dtype(device))
+    encoder = load_encoder(args.phase1, model).to(device).eval()
+    examples = load_examples(args.data, tokenizer)
+    made_from = identity(args.phase1, args.data, len(examples), r, k)
+
+    def check():
+        note = out / "making.json"  # what a cache in the making is made from
+        if note.exists() and read_json(note) != made_from or not note.exists() and out.exists() and any(out.iterdir()):
+            raise UserError(f"{out}: holds another cache or other files; choose another --out")
+        write_json(note, made_from)
+    if (out / "cache.json").exists():
+        read_cache(out, made_from)
+        print(f"{out}: is finished already")
+        return
+    from_rank0(check)
+    if rank == 0:
+        print(f"cache_latents: {len(examples)} examples, r = {r}, top-k = {k or 'all'}, on {world} x {device}")
+    shards = range(0, len(examples), SHARD)
+    for number in tqdm(range(rank, len(shards), world), desc=out.name, disable=rank > 0):
+        path = out / f"shard-{number:05d}.safetensors"
+        if path.exists():
+            continue
+        probs, ids = zip(*encode(encoder, examples[shards[number]:shards[number] + SHARD], r, k, args.row_tokens, device))
+        offsets = torch.tensor([0] + [len(x) for x in probs]).cumsum(0)
+        tensors = {"probs": torch.cat(probs), "offsets": offsets}
+        write_tensors(path, tensors if k == 0 else tensors | {"ids": torch.cat(ids)})
+    if dist.is_initialized():
+        dist.barrier()
+    if rank == 0:
+        (out / "making.json").rename(out / "cache.json")
+        print(f"{out}: {sum(num_latents(e, r) for e in examples)} latents of {len(examples)} examples")
+
+
+if __name__ == "__main__":
+    run_main(main)

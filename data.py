@@ -1,0 +1,162 @@
+"""From JSONL to packed rows: examples, the four layouts of DESIGN.md section 2, and packing without padding."""
+
+from dataclasses import dataclass, fields
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from masks import ANSWER, LATENT, PROMPT, TEXT, Labels, dual_track_positions
+from runs import UserError
+from tokenizer import END_THINK, THINK, Tokenizer
+
+
+@dataclass
+class Example:
+    """Token ids (int lists) of one training example. `prompt` is Q <think>, `answer` ends with the end-of-turn token."""
+    prompt: list[int]
+    chain: list[int]
+    end_think: list[int]
+    answer: list[int]
+
+
+def read_jsonl(path: str | Path) -> list[dict]:
+    """The objects of a .jsonl or .jsonl.gz file; blank lines are skipped. Raises UserError with file and line."""
+    path, rows = Path(path), []
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; name a .jsonl or .jsonl.gz file")
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+            for number, line in enumerate(f, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise UserError(f"{path}, line {number}: not a JSON object; write one {{...}} per line")
+                    rows.append(row | {"_line": number})
+    except json.JSONDecodeError as e:
+        raise UserError(f"{path}, line {number}: broken JSON ({e.msg} at column {e.colno}); mend or delete the line") from None
+    except (UnicodeDecodeError, OSError, EOFError) as e:
+        raise UserError(f"{path}: cannot be read as UTF-8 text{' in gzip' if path.suffix == '.gz' else ''} ({e})") from None
+    if not rows:
+        raise UserError(f"{path}: the file is empty; it needs at least one line")
+    return rows
+
+
+def text_field(row: dict, key: str, path) -> str:
+    """row[key], which must be a string with something in it. Raises UserError with file and line."""
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        state = "missing" if key not in row else "empty" if isinstance(value, str) else "not a string"
+        raise UserError(f"{path}, line {row['_line']}: the field \"{key}\" is {state}; every line needs it as text")
+    return value
+
+
+def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True) -> list[Example]:
+    """Training examples from {"problem", "cot", "cot_answer"} lines; without `chain` the chains are left empty."""
+    examples = []
+    for row in read_jsonl(path):
+        problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
+        cot = text_field(row, "cot", path) if chain else ""
+        cot = cot.lstrip().removeprefix(THINK) if cot.lstrip().startswith(THINK) else cot
+        cot = cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot
+        if chain and not cot.strip():
+            raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds no chain between its think tags")
+        examples.append(Example(tokenizer.prompt(problem), tokenizer.encode(cot), tokenizer.end_think,
+                                tokenizer.encode(answer) + [tokenizer.end_of_turn]))
+    return examples
+
+
+def num_latents(example: Example, r: int) -> int:
+    """N = ceil(n / r)."""
+    return -(-len(example.chain) // r)
+
+
+def layout(name: str, example: Example, r: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """ids, kind, segment and position of every token of `example`, each int [T]; latents have id 0.
+
+    `name` is "cot", "encoder", "decoder" or "latent", the rows of DESIGN.md's table.
+    """
+    chain, n, N = np.array(example.chain, int), len(example.chain), num_latents(example, r)
+    ends = np.minimum(r * np.arange(1, N + 1), n)  # where S_1 ... S_N end
+    if name == "encoder":
+        before = ends  # L_i stands behind S_i
+    elif name == "decoder":
+        chain, before = chain[r:], ends - min(r, n)  # no S_1; Z_i stands before S_{i+1}, the last one at the end
+    elif name == "latent":
+        chain, before = chain[:0], np.zeros(N, int)
+    else:
+        before = ends[:0]
+    body = np.insert(chain, before, 0)
+    is_latent = np.insert(np.zeros(len(chain), bool), before, True)
+    segment = np.cumsum(is_latent)  # a latent's number, and that of the text behind it
+    ends_and_answer = example.end_think + example.answer if name != "encoder" else example.end_think
+    head, tail = len(example.prompt), len(ends_and_answer)
+    ids = np.concatenate([example.prompt, body, ends_and_answer]).astype(np.int64)
+    kind = np.concatenate([np.full(head, PROMPT), np.where(is_latent, LATENT, TEXT), np.full(tail, ANSWER)])
+    segment = np.concatenate([np.zeros(head, int), segment, np.zeros(tail, int)])
+    positions = dual_track_positions(kind) if name == "decoder" else np.arange(len(ids))
+    return ids, kind, segment, positions
+
+
+def num_tokens(name: str, example: Example, r: int = 1) -> int:
+    """Length of a layout, without building it."""
+    n, fixed = len(example.chain), len(example.prompt) + len(example.end_think)
+    latents = 0 if name == "cot" else num_latents(example, r)
+    text = {"cot": n, "encoder": n, "decoder": max(n - r, 0), "latent": 0}[name]
+    return fixed + latents + text + (len(example.answer) if name != "encoder" else 0)
+
+
+def num_targets(name: str, example: Example, r: int = 1) -> int:
+    """How many tokens of a layout are labels: its chain tokens, </think> and the answer."""
+    return num_tokens(name, example, r) - len(example.prompt) - (0 if name == "cot" else num_latents(example, r))
+
+
+@dataclass
+class Row:
+    """Examples packed into one row of T tokens.
+
+    ids, position_ids: int [T]. labels: masks.Labels. latent_index: int [n], where the latents stand.
+    target_index, targets: int [M], positions whose next token is a label, and that label.
+    """
+    ids: torch.Tensor
+    position_ids: torch.Tensor
+    labels: Labels
+    latent_index: torch.Tensor
+    target_index: torch.Tensor
+    targets: torch.Tensor
+
+    def to(self, device, non_blocking=False) -> "Row":
+        return Row(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+
+
+def pack_row(name: str, examples: list[Example], r: int = 1) -> Row:
+    """One packed row of `examples` in the layout `name`."""
+    parts = [layout(name, e, r) for e in examples]
+    ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
+    document = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p[0]) for p in parts]))
+    labels = Labels(*(x.int() for x in (document, kind, segment)))
+    is_target = (kind == TEXT) | (kind == ANSWER)  # each is predicted at the position right before it
+    target_index = is_target.nonzero().squeeze(1) if name != "encoder" else torch.zeros(0, dtype=torch.long)
+    return Row(ids, positions, labels, (kind == LATENT).nonzero().squeeze(1), target_index - 1, ids[target_index])
+
+
+def pack(lengths: list[int], budget: int, parts: int = 1) -> list[list[int]]:
+    """Deals items out to rows of at most `budget` tokens, evenly loaded, none of them empty; returns lists of indices.
+
+    Longest first, each to the row with the least in it. The number of rows is a multiple of `parts`, unless that takes more
+    rows than items. Needs at least `parts` items and none over the budget.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    needed = -(-sum(lengths) // budget)
+    count = min(-(-needed // parts) * parts, len(lengths))
+    while True:
+        rows, loads = [[] for _ in range(count)], [0] * count
+        for i in order:
+            row = loads.index(min(loads))
+            rows[row].append(i)
+            loads[row] += lengths[i]
+        if max(loads) <= budget or count >= len(lengths):
+            return rows
+        count = min(count + parts, len(lengths))

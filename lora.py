@@ -1,0 +1,98 @@
+"""LoRA by hand (arXiv 2106.09685): one frozen base, several named adapters, one chosen per forward call."""
+
+import torch
+from torch import nn
+import torch.nn.functional as F
+
+from runs import UserError, read_tensors, write_tensors
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Adapter(nn.Module):
+    """`x -> scale * dropout(x) A^T B^T`, with A [rank, in] and B [out, rank]; B starts at zero, so it starts as nothing."""
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
+        super().__init__()
+        # float32 whatever the base's dtype: these are the weights that learn
+        self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=linear.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
+        self.scale, self.dropout = alpha / rank, dropout
+
+    def forward(self, x):
+        x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
+        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
+
+    def delta(self) -> torch.Tensor:
+        """The weight update [out, in] that this adapter stands for."""
+        return self.scale * self.lora_B @ self.lora_A
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer that can carry adapters; `adapter` names the one to add, None leaves the base alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.adapters = nn.ModuleDict()
+
+    def forward(self, x, adapter: str | None = None):
+        y = F.linear(x, self.weight, self.bias)
+        return y if adapter is None else y + self.adapters[adapter](x).to(y.dtype)
+
+
+def _carriers(model: nn.Module):
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear) and name.rsplit(".")[-1] in TARGETS]
+
+
+def add_adapter(model: nn.Module, name: str, rank: int, alpha: float, dropout: float = 0.0) -> None:
+    """Gives every target projection of `model` a fresh adapter called `name`."""
+    for _, linear in _carriers(model):
+        linear.adapters[name] = Adapter(linear, rank, alpha, dropout)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """{"layers.0.self_attn.q_proj.lora_A": parameter, ...} of the adapter `name`; a live view, also what is saved."""
+    return {f"{path}.{key}": p for path, linear in _carriers(model) for key, p in linear.adapters[name].named_parameters()}
+
+
+def set_training(model: nn.Module, name: str, mode: bool) -> None:
+    """Turns the dropout of one adapter on or off."""
+    for _, linear in _carriers(model):
+        linear.adapters[name].train(mode)
+
+
+@torch.no_grad()
+def merge(model: nn.Module, name: str, sign: int = 1) -> None:
+    """Adds the adapter's update to the base weights, in float32; `unmerge` takes it off again."""
+    for _, linear in _carriers(model):
+        linear.weight.copy_(linear.weight.float() + sign * linear.adapters[name].delta())
+
+
+def unmerge(model: nn.Module, name: str) -> None:
+    merge(model, name, sign=-1)
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    for _, linear in _carriers(model):
+        del linear.adapters[name]
+
+
+def save_adapter(path, model: nn.Module, name: str, extra: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes adapter `name`, and tensors that belong to it (the encoder's latent query), as one safetensors file."""
+    _, first = _carriers(model)[0]
+    rank, scale = len(first.adapters[name].lora_A), first.adapters[name].scale
+    write_tensors(path, adapter_parameters(model, name) | (extra or {}), {"rank": str(rank), "alpha": str(scale * rank)})
+
+
+def load_adapter(path, model: nn.Module, name: str, dropout: float = 0.0) -> dict[str, torch.Tensor]:
+    """Adds the adapter in file `path` to `model` as `name`; returns the file's other tensors. Raises UserError."""
+    tensors, metadata = read_tensors(path)
+    if not {"rank", "alpha"} <= metadata.keys():
+        raise UserError(f"{path}: not an adapter file of this program")
+    add_adapter(model, name, int(metadata["rank"]), float(metadata["alpha"]), dropout)
+    for key, parameter in adapter_parameters(model, name).items():
+        if key not in tensors or tensors[key].shape != parameter.shape:
+            raise UserError(f"{path}: {key} is {'misshapen' if key in tensors else 'missing'}; is this adapter of another model?")
+        parameter.data.copy_(tensors.pop(key))
+    return tensors

@@ -1,0 +1,193 @@
+"""Run directories and the habits of all commands: settings, atomic files, errors in one sentence, devices and ranks."""
+
+import argparse
+from contextlib import contextmanager
+import hashlib
+import json
+import os
+from pathlib import Path
+import signal
+import sys
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+import torch
+import torch.distributed as dist
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one sentence: what is wrong, where, what to do."""
+
+
+def read_json(path: str | Path) -> dict:
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; is {Path(path).parent} the right directory?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise UserError(f"{path}: cannot be read as JSON ({e})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return value
+
+
+@contextmanager
+def atomic(path: str | Path):
+    """Yields a temporary path beside `path`; renames it to `path` at the end, or removes it if anything fails."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: cannot be written ({e}); the previous version, if any, is untouched") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value) -> None:
+    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    with atomic(path) as temporary:
+        save_file({k: t.detach().contiguous() for k, t in tensors.items()}, temporary, metadata)
+
+
+def read_tensors(path: str | Path, device="cpu") -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """The tensors and the metadata of a safetensors file."""
+    try:
+        with safe_open(path, "pt", device=str(device)) as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: not a whole safetensors file ({e}); fetch or make it again") from None
+
+
+def file_hash(*paths: str | Path) -> str:
+    """Short SHA-256 over the bytes of the files, in order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        try:
+            with open(path, "rb") as f:
+                while block := f.read(1 << 20):
+                    digest.update(block)
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read ({e.strerror})") from None
+    return digest.hexdigest()[:16]
+
+
+# ---- ranks and devices: one process, or many under torchrun ----
+
+def start(device: str | None) -> tuple[int, int, torch.device]:
+    """(rank, world size, device); joins torchrun's process group if there is one, NCCL on GPUs and gloo without."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        torch.empty(1, device=chosen)
+    except (RuntimeError, AssertionError) as e:
+        raise UserError(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    return rank, world, chosen
+
+
+def from_rank0(function):
+    """The result of `function`, called on rank 0 alone and told to all; a UserError is raised on all."""
+    if not dist.is_initialized():
+        return function()
+    box = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except UserError as e:
+            box[1] = str(e)
+    dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise UserError(box[1])
+    return box[0]
+
+
+# ---- run directories ----
+
+FREE = {"out", "device", "save_every", "valid_every"}  # settings that may differ when a run goes on
+
+
+def open_run(out: str | Path, settings: dict) -> bool:
+    """Makes the run directory `out` with its config.json, or checks that it is this very run; True if it was there."""
+    out = Path(out)
+    config = out / "config.json"
+    if not config.exists():
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: is there already and is no run directory; choose another --out")
+        write_json(config, settings)
+        return False
+    old = read_json(config)
+    for key in settings.keys() | old.keys():
+        if key not in FREE and old.get(key) != settings.get(key):
+            raise UserError(f"{out}: belongs to another run ({key} is {old.get(key)!r} there, {settings.get(key)!r} here); "
+                            "choose another --out, or the same settings to go on")
+    return True
+
+
+class Stopper:
+    """Turns Ctrl-C and SIGTERM into a flag, so that a run ends after a whole step; a second Ctrl-C ends it at once."""
+
+    def __enter__(self):
+        self.asked = False
+        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _ask(self, number, frame):
+        self.asked = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+
+# ---- command lines ----
+
+def parser(description: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--seed", type=int, default=1, help="of every random choice")
+    p.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+    return p
+
+
+def at_least(low, kind=int):
+    """An argparse type: a number not below `low`."""
+    def number(text):
+        value = kind(text)
+        if not value >= low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        return value
+    number.__name__ = kind.__name__
+    return number
+
+
+def run_main(main) -> None:
+    """Calls main(); a UserError becomes one line on stderr and exit code 1."""
+    code = 0
+    try:
+        main()
+    except UserError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"error: {e}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    sys.exit(code)

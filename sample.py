@@ -1,0 +1,225 @@
+"""The superposition sampler, as a library (`generate`) and a command.
+
+    python sample.py --model runs/latent --prompt "If 3 pens cost 6 dollars, what do 7 cost?"
+    python sample.py --model runs/latent                                  # asks for problems
+
+A row reads Q <think>, feeds itself top-k superpositions while it thinks, then all of </think>, then samples its answer; all
+rows do whatever is theirs to do in the same step, on one KV cache. DESIGN.md section 2, "Inference".
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from attention import KVCache
+from data import pack
+import latents
+from load_hf_weights import base_dtype, load_model
+from masks import PROMPT, Labels
+from model import Model
+from runs import UserError, at_least, parser, run_main, start
+from tokenizer import Tokenizer
+
+SHOWN = 10  # tokens of a full-vocabulary latent that are kept in a result
+
+
+@dataclass
+class Sampling:
+    """How to think and answer.
+
+    thinking: "latent", or "text" (the chain is written, as part of the answer), or "none" (</think> at once).
+    top_k: tokens in a superposition, 0 for the full vocabulary. temperature 0 is greedy. `latents`: "own", or "random" to
+    put random tokens with the same probabilities in the place of every latent's own.
+    """
+    thinking: str = "latent"
+    top_k: int = 10
+    max_latents: int = 256
+    max_new_tokens: int = 512
+    temperature: float = 0.6
+    top_p: float = 0.95
+    latents: str = "own"
+    seed: int = 1
+
+
+@dataclass
+class Result:
+    """probs float32 [n, k] and ids int64 [n, k]: the n latents that were fed (the SHOWN likeliest tokens if top_k is 0).
+
+    tokens: what was sampled, without the end-of-turn token. finished: whether that token came within the budget.
+    """
+    probs: torch.Tensor
+    ids: torch.Tensor
+    tokens: list[int]
+    finished: bool
+
+
+def pick(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """A token id [B] from each row of logits [B, V]: the arg-max at temperature 0, else the quantile `uniform` [B] of the
+    smallest set of most likely tokens that holds at least `top_p` of the probability."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
+    cumulative = probs.cumsum(-1)
+    cumulative = cumulative.masked_fill(cumulative - probs >= top_p, 0).cummax(-1).values  # flat behind the set
+    place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
+    return ids.gather(-1, place.clamp(max=probs.shape[-1] - 1)).squeeze(-1)
+
+
+class Sampler:
+    """`batch_size` rows that think and answer side by side; a finished row's place is given to the next problem."""
+
+    def __init__(self, model: Model, end_think: list[int], end_of_turn: int, settings: Sampling, batch_size: int):
+        self.model, self.settings, self.end_of_turn, self.batch_size = model, settings, end_of_turn, batch_size
+        self.device = model.embed_tokens.weight.device
+        self.end_think = torch.tensor(end_think, device=self.device)
+
+    @torch.no_grad()
+    def generate(self, prompts: list[list[int]], numbers=None, progress=lambda i, result: None) -> list[Result]:
+        """A Result for each prompt (ids of Q <think>), in order; `progress(i, result)` is called as each one ends.
+
+        A prompt's random numbers depend on the seed and its number (its place in the list, or `numbers`), not on the batch
+        it runs in.
+        """
+        self.numbers = range(len(prompts)) if numbers is None else numbers
+        s, B, results = self.settings, min(self.batch_size, len(prompts)), [None] * len(prompts)
+        length = max(map(len, prompts)) + s.max_latents + len(self.end_think) + s.max_new_tokens
+        self.cache = KVCache(self.model.config, B, length, self.device, self.model.embed_tokens.weight.dtype)
+        zeros = lambda *shape, dtype=torch.long: torch.zeros(B, *shape, dtype=dtype, device=self.device)
+        self.active, self.thinking = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
+        self.closed, self.num_latents, self.num_tokens = zeros(), zeros(), zeros()  # `closed`: tokens of </think> fed
+        k = s.top_k or min(SHOWN, self.model.config.vocab_size)
+        self.probs, self.ids = zeros(s.max_latents, k, dtype=torch.float32), zeros(s.max_latents, k)
+        self.tokens, self.uniform = zeros(s.max_new_tokens), zeros(s.max_new_tokens, dtype=torch.float32)
+        self.random_ids = zeros(s.max_latents, k) if s.latents == "random" else None
+        hidden = zeros(self.model.config.hidden_size, dtype=self.model.embed_tokens.weight.dtype)
+        running, waiting = {}, list(range(len(prompts)))[::-1]  # running: row -> place of its prompt
+
+        while waiting or running:
+            free = [row for row in range(B) if row not in running]
+            fresh = {row: waiting.pop() for row in free[:len(waiting)]}
+            if fresh:
+                self._admit(fresh, prompts, hidden)
+                running |= fresh
+            inputs_embeds = self._advance(hidden)
+            for row in [r for r, active in enumerate(self.active.tolist()) if r in running and not active]:
+                i = running.pop(row)
+                results[i] = self._result(row)
+                progress(i, results[i])
+            if running:
+                position_ids = self.cache.lengths.clone()
+                hidden = self.model(inputs_embeds, position_ids, self.cache.decode(self.active))
+        return results
+
+    def _admit(self, fresh: dict[int, int], prompts, hidden) -> None:
+        """Reads the prompts of `fresh` {row: place} into the cache, leaves their last hidden states in `hidden` [B, d]."""
+        rows, s = torch.tensor(list(fresh), device=self.device), self.settings
+        sizes = torch.tensor([len(prompts[i]) for i in fresh.values()], device=self.device)
+        ids = torch.tensor([t for i in fresh.values() for t in prompts[i]], device=self.device)
+        document = torch.arange(len(rows), device=self.device).repeat_interleave(sizes)
+        position_ids = torch.arange(len(ids), device=self.device) - (sizes.cumsum(0) - sizes)[document]
+        labels = Labels(document, torch.full_like(document, PROMPT), torch.zeros_like(document))
+        h = self.model(self.model.embed_tokens(ids), position_ids, self.cache.prefill(rows, labels, position_ids))
+        hidden[rows] = h[sizes.cumsum(0) - 1]
+        self.active[rows], self.thinking[rows] = True, s.thinking == "latent"
+        self.closed[rows] = len(self.end_think) if s.thinking == "text" else 0
+        self.num_latents[rows] = self.num_tokens[rows] = 0
+        for row, i in fresh.items():
+            generator = torch.Generator().manual_seed(hash((s.seed, self.numbers[i])))
+            self.uniform[row] = torch.rand(s.max_new_tokens, generator=generator).to(self.device)
+            if self.random_ids is not None:
+                shape = self.random_ids.shape[1:]
+                self.random_ids[row] = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.device)
+
+    def _advance(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What every row reads next, [B, hidden_size], given the hidden states [B, hidden_size] of what it read last."""
+        s, E = self.settings, self.model.embed_tokens.weight
+        logits = (hidden @ self.model.head.T).float()
+        self.thinking &= (logits.argmax(-1) != self.end_think[0]) & (self.num_latents < s.max_latents)
+        thinking, closing = self.active & self.thinking, self.active & ~self.thinking & (self.closed < len(self.end_think))
+        answering = self.active & ~thinking & ~closing
+
+        sampled = pick(logits, self.uniform.gather(1, self.num_tokens.clamp(max=s.max_new_tokens - 1)[:, None])[:, 0],
+                       s.temperature, s.top_p)
+        token = torch.where(closing, self.end_think[self.closed.clamp(max=len(self.end_think) - 1)], sampled)
+        inputs_embeds = E[token]
+        if thinking.any():
+            probs, ids = latents.top_probs(logits[thinking], s.top_k)
+            place = (thinking, self.num_latents[thinking])
+            if self.random_ids is not None:
+                if ids is None:
+                    probs, _ = latents.top_probs(logits[thinking], SHOWN)
+                ids = self.random_ids[place]
+            inputs_embeds[thinking] = latents.superpose(probs, ids, E)
+            if ids is None:
+                probs, ids = probs.topk(self.ids.shape[-1])
+            self.probs[place], self.ids[place] = probs, ids
+        self.tokens[answering, self.num_tokens[answering]] = sampled[answering]
+        self.closed += closing
+        self.num_latents += thinking
+        self.num_tokens += answering
+        self.active &= ~(answering & ((sampled == self.end_of_turn) | (self.num_tokens == s.max_new_tokens)))
+        return inputs_embeds
+
+    def _result(self, row: int) -> Result:
+        n, tokens = int(self.num_latents[row]), self.tokens[row, :int(self.num_tokens[row])].tolist()
+        finished = tokens[-1] == self.end_of_turn
+        return Result(self.probs[row, :n].cpu().clone(), self.ids[row, :n].cpu().clone(), tokens[:-1] if finished else tokens, finished)
+
+
+def generate(model: Model, tokenizer: Tokenizer, problems: list[str], settings: Sampling, batch_size: int = 64,
+             numbers=None, progress=lambda i, result: None) -> list[Result]:
+    """Thinks about and answers each problem; results in order. `numbers` and `progress` as in Sampler.generate."""
+    sampler = Sampler(model, tokenizer.end_think, tokenizer.end_of_turn, settings, batch_size)
+    return sampler.generate([tokenizer.prompt(p) for p in problems], numbers, progress)
+
+
+def add_sampling_arguments(p) -> None:
+    p.add_argument("--model", required=True, help="checkpoint directory or run")
+    p.add_argument("--thinking", choices=["latent", "text", "none"], help="how to reason; default: what the model learned")
+    p.add_argument("--top-k", type=at_least(0), help="tokens in a superposition, 0 for all; default: what the model learned")
+    p.add_argument("--max-latents", type=at_least(0), default=256, help="latent budget; then </think> is fed")
+    p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="budget of sampled tokens")
+    p.add_argument("--temperature", type=at_least(0, float), default=0.6, help="0: greedy")
+    p.add_argument("--top-p", type=at_least(0, float), default=0.95, help="share of probability that is sampled from")
+
+
+def sampling(args, reasons: dict) -> Sampling:
+    """The settings of a command line, completed by what the model says of itself."""
+    top_k = reasons["top_k"] if args.top_k is None else args.top_k
+    return Sampling(args.thinking or reasons["thinking"], top_k, args.max_latents, args.max_new_tokens, args.temperature,
+                    args.top_p, seed=args.seed)
+
+
+def show(result: Result, tokenizer: Tokenizer) -> None:
+    """Prints each latent's likeliest tokens with bars for their weights, then the answer."""
+    for n, (probs, ids) in enumerate(zip(result.probs.tolist(), result.ids.tolist()), 1):
+        top = sorted(zip(probs, ids), reverse=True)[:5]
+        print(f"{n:4d}  " + "  ".join(f"{tokenizer.decode([i])!r} {'▁▂▃▄▅▆▇█'[min(7, int(8 * p))]}{p:.2f}" for p, i in top))
+    print(tokenizer.decode(result.tokens) + ("" if result.finished else " [budget used up]"))
+
+
+def main():
+    p = parser(__doc__)
+    add_sampling_arguments(p)
+    p.add_argument("--prompt", help="the problem; without it, problems are read from the keyboard, one a line")
+    args = p.parse_args()
+    _, _, device = start(args.device)
+    model, tokenizer, reasons = load_model(args.model, device, base_dtype(device))
+    settings = sampling(args, reasons)
+    if args.prompt is not None:
+        if not args.prompt.strip():
+            raise UserError("--prompt: the problem is empty")
+        show(generate(model, tokenizer, [args.prompt], settings)[0], tokenizer)
+        return
+    while True:
+        try:
+            problem = input("problem> ")
+        except EOFError:
+            return
+        if problem.strip():
+            show(generate(model, tokenizer, [problem], settings)[0], tokenizer)
+            settings = replace(settings, seed=settings.seed + 1)
+
+
+if __name__ == "__main__":
+    run_main(main)

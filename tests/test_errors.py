@@ -1,0 +1,152 @@
+"""Users' mistakes: one clear sentence, exit code 1 or 2, no traceback, nothing half-written."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import cache_latents
+import eval as evaluation
+import load_hf_weights
+import sample
+import train_phase1
+import train_phase2
+import train_sft
+from test_training import ROOT
+
+
+@pytest.fixture
+def fails(command):
+    """fails(main, arguments, words...): the command ends with one sentence on stderr that holds all the words."""
+    def check(main, arguments, *words, code=1):
+        got, _, error = command(main, *arguments)
+        assert got == code and "Traceback" not in error
+        assert all(w in error for w in words), error
+        if code == 1:
+            assert error.startswith("error: ") and error.count("\n") == 1
+    return check
+
+
+def sft(model, data, out, *more):
+    return ["--model", model, "--data", data, "--out", out, "--max-steps", 1, "--batch-size", 4, *more]
+
+
+LINE = {"problem": "1+1", "cot": "2", "cot_answer": "\\boxed{2}"}
+
+
+@pytest.mark.parametrize("text,words", [
+    (json.dumps(LINE) + "\n{\"problem\": \n", ["line 2", "broken JSON"]),
+    (json.dumps(LINE) + "\n[1]\n", ["line 2", "not a JSON object"]),
+    (json.dumps(LINE) + "\n\n" + json.dumps({k: v for k, v in LINE.items() if k != "cot"}), ["line 3", '"cot" is missing']),
+    (json.dumps(LINE | {"problem": "  "}), ["line 1", '"problem" is empty']),
+    (json.dumps(LINE | {"cot_answer": 7}), ["line 1", '"cot_answer" is not a string']),
+    (json.dumps(LINE | {"cot": "<think></think>"}), ["line 1", "no chain"]),
+    ("", ["the file is empty"]), ("\n \n", ["the file is empty"]), ("\udcff", ["cannot be read as UTF-8"])])
+def test_bad_data(fails, checkpoint, tmp_path, text, words):
+    bad, out = tmp_path / "bad.jsonl", tmp_path / "out"
+    bad.write_text(text, errors="surrogateescape")
+    fails(train_sft.main, sft(checkpoint(), bad, out), "bad.jsonl", *words)
+    assert not out.exists()
+
+
+def test_bad_gzip(fails, checkpoint, tmp_path):
+    (tmp_path / "bad.jsonl.gz").write_bytes(b"\x1f\x8b no gzip")
+    fails(train_sft.main, sft(checkpoint(), tmp_path / "bad.jsonl.gz", tmp_path / "out"), "bad.jsonl.gz", "cannot be read")
+
+
+def test_missing_files(fails, checkpoint, data, tmp_path):
+    nowhere, empty = tmp_path / "nowhere", tmp_path / "empty"
+    empty.mkdir()
+    fails(train_sft.main, sft(checkpoint(), nowhere, tmp_path / "out"), "nowhere: no such file")
+    fails(train_sft.main, sft(nowhere, data, tmp_path / "out"), "nowhere/config.json: no such file")
+    fails(train_sft.main, sft(empty, data, tmp_path / "out"), "empty/config.json: no such file")
+    fails(evaluation.main, ["--model", checkpoint(), "--data", nowhere, "--out", tmp_path / "out"], "nowhere: no such file")
+    fails(sample.main, ["--model", empty, "--prompt", "1"], "empty/config.json: no such file")
+    fails(sample.main, ["--model", checkpoint(), "--prompt", " "], "--prompt", "empty")
+    fails(load_hf_weights.main, ["--model", nowhere, "--out", tmp_path / "out"], "nowhere/config.json: no such file")
+    fails(train_phase1.main, ["--step", "encoder", "--data", data, "--out", tmp_path / "out"], "--model")
+    fails(train_phase1.main, ["--step", "joint", "--model", checkpoint(), "--data", data, "--out", tmp_path / "out"], "--init")
+    fails(train_phase2.main, ["--phase1", checkpoint(), "--cache", empty, "--data", data, "--out", tmp_path / "out"], "is no phase 1 run")
+    fails(cache_latents.main, ["--phase1", checkpoint(), "--data", data, "--out", tmp_path / "out"], "is no phase 1 run")
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_architecture_and_truncated_weights(fails, checkpoint, data, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint(), broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    fails(train_sft.main, sft(broken, data, tmp_path / "out"), "model.safetensors: not a whole safetensors file")
+    (broken / "config.json").write_text('{"model_type": "gpt2"}')
+    fails(train_sft.main, sft(broken, data, tmp_path / "out"), "architecture 'gpt2' is not supported")
+    (broken / "config.json").write_text('{"model_type": ')
+    fails(train_sft.main, sft(broken, data, tmp_path / "out"), "config.json: cannot be read as JSON")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [["--compression", 0], ["--top-k", -1], ["--compression", "two"], ["--step", "all"], ["--batch-size", 0]])
+def test_bad_numbers(fails, checkpoint, data, tmp_path, arguments):
+    fails(train_phase1.main, ["--step", "encoder", *sft(checkpoint(), data, tmp_path / "out"), *arguments], arguments[0], code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_too_long_examples_are_counted(command, fails, checkpoint, data, tmp_path):
+    code, printed, _ = command(train_sft.main, *sft(checkpoint(), data, tmp_path / "out", "--row-tokens", 60))
+    assert code == 0 and "skipped " in printed and "of 40 examples, longer than --row-tokens 60" in printed
+    fails(train_sft.main, sft(checkpoint(), data, tmp_path / "none", "--row-tokens", 3), "no example fits into --row-tokens 3")
+
+
+def test_an_output_of_another_run(command, fails, checkpoint, data, tmp_path):
+    out = tmp_path / "out"
+    assert command(train_sft.main, *sft(checkpoint(), data, out))[0] == 0
+    before = {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    fails(train_sft.main, sft(checkpoint(), data, out, "--lr", 0.5), "belongs to another run (lr is 2e-05 there, 0.5 here)")
+    fails(train_phase1.main, ["--step", "encoder", *sft(checkpoint(), data, out)], "belongs to another run")
+    assert before == {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("mine")
+    fails(train_sft.main, sft(checkpoint(), data, tmp_path / "full"), "no run directory")
+    fails(load_hf_weights.main, ["--model", checkpoint(), "--out", tmp_path / "full"], "not empty")
+    assert [f.name for f in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("script,limit", [("train_sft.py", 60_000), ("train_phase1.py", 20_000)])
+def test_full_disk(command, checkpoint, data, tmp_path, script, limit):
+    """A disk that takes no file over `limit` bytes, from the second save on: one sentence, and the first save survives."""
+    out = tmp_path / "out"
+    arguments = sft(checkpoint(), data, out, "--max-steps", 4, "--save-every", 2)
+    if script == "train_phase1.py":
+        arguments = ["--step", "encoder", *arguments, "--lora-rank", 4]
+    program = f"""
+import resource, signal, sys
+sys.path.insert(0, {str(ROOT)!r})
+import trainer, {script[:-3]} as script
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+real, saves = trainer._save_state, []
+def save_state(*a):
+    real(*a)
+    saves.append(1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, resource.RLIM_INFINITY))
+trainer._save_state = save_state
+script.run_main(script.main)"""
+    done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 1 and len(errors) == 1 and "cannot be written" in errors[0] and "Traceback" not in done.stderr, done.stderr
+    assert load_hf_weights.load_model(out)[0]
+    assert not list(out.rglob("*.tmp")) and (out / "resume.safetensors").exists()
+    main = {"train_sft.py": train_sft.main, "train_phase1.py": train_phase1.main}[script]
+    code, printed, _ = command(main, *arguments)  # room again: it goes on from the save that survived
+    assert code == 0 and "going on at step 2" in printed
+
+
+def test_from_the_shell(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "sample.py", "--model", tmp_path, "--prompt", "1"], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == f"error: {tmp_path}/config.json: no such file; is {tmp_path} the right directory?\n"
+
+
+@pytest.mark.parametrize("script", [train_sft, train_phase1, train_phase2, cache_latents, sample, evaluation, load_hf_weights])
+def test_help(command, script):
+    code, printed, _ = command(script.main, "--help")
+    assert code == 0 and "default" in printed and printed.count("--") > 6

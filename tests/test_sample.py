@@ -1,0 +1,104 @@
+"""The batched sampler against one-by-one decoding without a cache (the oracle, on transformers)."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from load_hf_weights import load_checkpoint
+import oracle
+from sample import Sampler, Sampling, pick
+
+
+def prompts(count, seed=0):
+    rng = random.Random(seed)
+    return [[rng.randrange(260) for _ in range(rng.randint(1, 25))] for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def pair(checkpoint):
+    """Ours and transformers' float64 model; a lively head, so that rows stop thinking and answering at various times."""
+    model = load_checkpoint(checkpoint("qwen3", False), dtype=torch.float64)
+    hf = AutoModelForCausalLM.from_pretrained(checkpoint("qwen3", False), dtype=torch.float64, attn_implementation="eager")
+    return model, hf
+
+
+def frequent(model, k, count=40):
+    """The tokens most often greedily chosen by this random model: as </think> and end of turn, they make rows end."""
+    settings = Sampling("latent", k, 12, 8, temperature=0)
+    results = Sampler(model, [261], 262, settings, 8).generate(prompts(count))
+    firsts = [int(ids[0]) for r in results for ids in r.ids]
+    answers = [t for r in results for t in r.tokens]
+    common = lambda xs: max(set(xs), key=xs.count)
+    return common(firsts), common(answers)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_greedy_equals_one_by_one(pair, k):
+    model, hf = pair
+    stop, eos = frequent(model, k)
+    end_think = [stop, 3, 4]
+    settings = Sampling("latent", k, 9, 7, temperature=0)
+    batch = prompts(24, seed=1)
+    results = Sampler(model, end_think, eos, settings, batch_size=5).generate(batch)  # fewer rows than prompts: refilled
+    counts = {len(r.ids) for r in results}
+    assert 9 in counts and len(counts) > 2, counts  # budgets used up, and rows that stop by themselves
+    for prompt, r in zip(batch, results):
+        thoughts, answer = oracle.think_and_answer(hf, prompt, end_think, eos, k, 9, 7)
+        assert r.ids.tolist() == [ids.tolist() for _, ids in thoughts]
+        for ours, (theirs, _) in zip(r.probs, thoughts):
+            torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=0)
+        assert r.tokens + [eos] * r.finished == answer
+
+
+def test_zero_latents(pair):
+    """A budget of zero, the mode "none", and rows whose first arg-max is </think> are one and the same."""
+    model, hf = pair
+    batch = prompts(6, seed=2)
+    results = [Sampler(model, [9, 8], 262, s, 4).generate(batch) for s in
+               (Sampling("latent", 3, 0, 5, temperature=0), Sampling("none", 3, 9, 5, temperature=0))]
+    for prompt, a, b in zip(batch, *results):
+        assert len(a.ids) == len(b.ids) == 0 and a.tokens == b.tokens
+        assert a.tokens == oracle.think_and_answer(hf, prompt, [9, 8], 262, 3, 0, 5)[1][:len(a.tokens)]
+    with torch.no_grad():
+        first = oracle.run(hf, hf.get_input_embeddings()(torch.tensor(batch[0])), torch.ones(len(batch[0]), len(batch[0])).tril(), list(range(len(batch[0]))))
+    stop = int((first[-1] @ hf.get_output_embeddings().weight.T).argmax())
+    r = Sampler(model, [stop, 8], 262, Sampling("latent", 3, 9, 5, temperature=0), 4).generate(batch)[0]
+    assert len(r.ids) == 0
+
+
+def test_text_mode_is_plain_generation(pair):
+    model, hf = pair
+    batch = prompts(5, seed=3)
+    for prompt, r in zip(batch, Sampler(model, [9, 8], 262, Sampling("text", 3, 9, 10, temperature=0), 2).generate(batch)):
+        expected = hf.generate(torch.tensor([prompt]), max_new_tokens=10, do_sample=False, eos_token_id=262, pad_token_id=0)[0, len(prompt):]
+        assert r.tokens + [262] * r.finished == expected.tolist()
+
+
+def test_sampling_does_not_depend_on_the_batch(pair):
+    model, _ = pair
+    batch = prompts(12, seed=4)
+    settings = Sampling("latent", 3, 4, 6, temperature=1.0, top_p=0.9, seed=5)
+    results = [Sampler(model, [9], 262, settings, size).generate(batch) for size in (1, 5, 12)]
+    assert results[0][0].tokens and [r.tokens for r in results[0]] == [r.tokens for r in results[1]] == [r.tokens for r in results[2]]
+    other = Sampler(model, [9], 262, Sampling("latent", 3, 4, 6, temperature=1.0, top_p=0.9, seed=6), 5).generate(batch)
+    assert [r.tokens for r in other] != [r.tokens for r in results[0]]
+
+
+def test_random_latents(pair):
+    model, _ = pair
+    batch = prompts(4, seed=5)
+    own, chance = (Sampler(model, [9], 262, Sampling("latent", 3, 5, 4, temperature=0, latents=x), 4).generate(batch) for x in ("own", "random"))
+    assert all(torch.equal(a.probs[0], b.probs[0]) and not torch.equal(a.ids[0], b.ids[0]) for a, b in zip(own, chance))
+
+
+@pytest.mark.parametrize("top_p", [0.3, 0.75, 1.0])
+def test_pick(top_p):
+    """Frequencies are those of the nucleus, renormalized."""
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(4000, 4)
+    uniform = (torch.arange(4000) + 0.5) / 4000
+    got = torch.bincount(pick(logits, uniform, 1.0, top_p), minlength=4) / 4000
+    expected = {0.3: [0, 1, 0, 0], 0.75: [0, 2 / 3, 0, 1 / 3], 1.0: [0.1, 0.5, 0.15, 0.25]}[top_p]
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float), atol=1e-3, rtol=0)
+    assert (pick(logits, uniform, 0, top_p) == 1).all()

@@ -1,0 +1,278 @@
+"""Losses and steps of the three trainings: against the oracle, and the same however a batch is split, stopped and resumed."""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import data as data_module
+from data import load_examples
+from load_hf_weights import load_checkpoint, load_model
+import lora
+import oracle
+import train_phase1
+from train_phase1 import Encoder, Phase1
+import train_phase2
+from train_phase2 import LatentExample, Phase2
+import train_sft
+import trainer
+
+ROOT = Path(__file__).parent.parent
+
+
+def theirs(example: data_module.Example) -> oracle.Example:
+    return oracle.Example(example.prompt[:-3], example.prompt[-3:], example.chain, example.end_think, example.answer)
+
+
+@pytest.fixture
+def examples(checkpoint, data):
+    _, tokenizer, _ = load_model(checkpoint())
+    chosen = load_examples(data, tokenizer)[:6]
+    assert len({len(e.chain) for e in chosen}) >= 3
+    for e in chosen:
+        e.end_think = [5, 6, 7]  # several tokens, as Llama's
+    return chosen
+
+
+def mean_loss(task, examples, row_tokens=10**9):
+    """The loss of a step, dealt out to rows, with its gradients."""
+    counts, total = task.counts(examples), 0.0
+    for indices in data_module.pack([task.length(e) for e in examples], row_tokens):
+        parts = task(task.row([examples[i] for i in indices]))
+        loss = sum(task.weights[k] * v / counts[k] for k, v in parts.items())
+        loss.backward()
+        total += loss.item()
+    gradients = {n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None}
+    task.zero_grad(set_to_none=True)
+    return total, gradients
+
+
+def lively(model, name):
+    torch.manual_seed(len(name))
+    for p in lora.adapter_parameters(model, name).values():
+        p.data.normal_(0, 0.1)
+
+
+def merged_hf(directory, model, name):
+    """A float64 transformers model with our adapter's updates added to its weights, tracking gradients into `lora_B`."""
+    hf = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float64)
+    weights = dict(hf.named_parameters())
+    for path, linear in lora._carriers(model):
+        weights[f"model.{path}.weight"].data += linear.adapters[name].delta().detach().double()
+    return hf
+
+
+def phase1_task(directory, r=2, k=3, learns=("encoder", "decoder")):
+    model = load_checkpoint(directory)
+    for name in ("encoder", "decoder"):
+        lora.add_adapter(model, name, 4, 8)
+        lively(model, name)
+    torch.manual_seed(7)
+    return Phase1(Encoder(model, 0.5 * torch.randn(model.config.hidden_size)), r, k, learns)
+
+
+def phase2_task(directory, examples, r=2, k=3, noise=0.0):
+    model = load_checkpoint(directory)
+    lora.add_adapter(model, "student", 4, 8)
+    lively(model, "student")
+    torch.manual_seed(8)
+    with_latents = []
+    for e in examples:
+        alpha = torch.randn(data_module.num_latents(e, r), model.config.vocab_size).softmax(-1)
+        probs, ids = (alpha, None) if k == 0 else alpha.topk(k)
+        with_latents.append(LatentExample(**vars(e), probs=probs, ids=ids))
+    return Phase2(model, r, 0.7, 1.3, noise, 1.0), with_latents
+
+
+@pytest.mark.parametrize("kind,tied,r,k", [("llama", True, 2, 3), ("qwen2", False, 3, 0), ("qwen3", True, 1, 10), ("llama", False, 100, 1)])
+def test_phase1_loss(checkpoint, examples, kind, tied, r, k):
+    task = phase1_task(checkpoint(kind, tied), r, k)
+    hf = [merged_hf(checkpoint(kind, tied), task.model, name) for name in ("encoder", "decoder")]
+    query = task.encoder.latent_query.detach().double().requires_grad_(True)
+    expected = oracle.phase1_loss(*hf, list(map(theirs, examples)), query, r, k)
+    loss, gradients = mean_loss(task, examples)
+    assert loss == pytest.approx(expected.item(), abs=1e-4)
+    expected.backward()
+    torch.testing.assert_close(gradients["encoder.latent_query"].double(), query.grad, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind,tied,k", [("llama", True, 3), ("qwen2", False, 0)])
+def test_phase2_loss(checkpoint, examples, kind, tied, k):
+    task, with_latents = phase2_task(checkpoint(kind, tied), examples, k=k)
+    hf = merged_hf(checkpoint(kind, tied), task.model, "student")
+    alphas = [(e.probs, torch.arange(e.probs.shape[1]).expand_as(e.probs) if e.ids is None else e.ids) for e in with_latents]
+    expected, ce, kl = oracle.phase2_loss(hf, list(map(theirs, examples)), alphas, 0.7, 1.3)
+    assert mean_loss(task, with_latents)[0] == pytest.approx(expected.item(), abs=1e-4)
+    parts = task(task.row(with_latents))
+    assert parts["ce"].item() / task.counts(with_latents)["ce"] == pytest.approx(ce.item(), abs=1e-4)
+    assert parts["kl"].item() / len(examples) == pytest.approx(kl.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("chain", [True, False])
+def test_cot_loss(checkpoint, data, chain):
+    model, tokenizer, _ = load_model(checkpoint())
+    examples = load_examples(data, tokenizer, chain)[:6]
+    hf = AutoModelForCausalLM.from_pretrained(checkpoint(), attn_implementation="eager", dtype=torch.float64)
+    expected = oracle.cot_loss(hf, list(map(theirs, examples)), chain)
+    task = train_sft.CoTSFT(model, checkpoint(), "text")
+    assert mean_loss(task, examples)[0] == pytest.approx(expected.item(), abs=1e-4)
+
+
+def tasks(directory, examples):
+    model = load_checkpoint(directory)
+    return {"cot": (train_sft.CoTSFT(model, directory, "text"), examples), "phase1": (phase1_task(directory), examples),
+            "phase2": phase2_task(directory, examples)}
+
+
+@pytest.mark.parametrize("name", ["cot", "phase1", "phase2"])
+def test_packing_changes_nothing(checkpoint, examples, name):
+    """One row of all examples gives the loss and the gradients of the examples one at a time."""
+    task, batch = tasks(checkpoint(), examples)[name]
+    loss, gradients = mean_loss(task, batch)
+    alone, alone_gradients = mean_loss(task, batch, row_tokens=1)
+    assert len(data_module.pack([task.length(e) for e in batch], 1)) == len(batch) and len(gradients) > 5
+    assert loss == pytest.approx(alone, abs=1e-5)
+    for n in gradients:
+        torch.testing.assert_close(gradients[n], alone_gradients[n], atol=1e-5, rtol=1e-3)
+
+
+def test_each_phase1_step_trains_what_it_says(checkpoint, examples):
+    for step, names in train_phase1.LEARNS.items():
+        _, gradients = mean_loss(phase1_task(checkpoint(), learns=names), examples)
+        assert {n for n in ("encoder", "decoder") if any(f"adapters.{n}." in g for g in gradients)} == set(names)
+        assert ("encoder.latent_query" in gradients) == ("encoder" in names)
+
+
+def test_frozen_adapter_has_no_dropout(checkpoint, examples):
+    task = phase1_task(checkpoint(), learns=("decoder",))
+    for _, linear in lora._carriers(task.model):
+        linear.adapters["encoder"].dropout = 0.5
+    task.train()
+    row = task.row(examples)
+    assert torch.equal(task(row)["ce"], task(row)["ce"])
+
+
+def test_noise_acts_in_training_only(checkpoint, examples):
+    task, batch = phase2_task(checkpoint(), examples, noise=1.0)
+    row = task.row(batch)
+    assert not torch.equal(task.train()(row)["kl"], task(row)["kl"])
+    assert torch.equal(task.eval()(row)["kl"], task(row)["kl"])
+
+
+# ---- whole steps, through the commands ----
+
+def sft(checkpoint, data, out, *more):
+    return ["--model", checkpoint(), "--data", data, "--out", out, "--batch-size", 8, "--row-tokens", 1000, "--lr", 1e-2, *more]
+
+
+def weights(run: Path) -> dict:
+    model = load_model(run)[0]
+    return {n: p.detach() for n, p in model.named_parameters()}
+
+
+def torchrun(ranks: int, script: str, *arguments):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(ROOT / script)]
+    done = subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    for n in a:
+        torch.testing.assert_close(a[n], b[n], atol=1e-5, rtol=0)
+
+
+def test_one_step_with_any_split(command, checkpoint, data, tmp_path):
+    """One optimizer step with 1, 2 and 4 micro-batches, and with 2 ranks, gives the same weights."""
+    reference = None
+    for rows, row_tokens in ((1, 1000), (2, 250), (4, 120)):
+        out = tmp_path / str(rows)
+        assert command(train_sft.main, *sft(checkpoint, data, out, "--max-steps", 1, "--row-tokens", row_tokens))[0] == 0
+        _, tokenizer, _ = load_model(checkpoint())
+        examples = load_examples(data, tokenizer)
+        batch = [examples[i] for i in trainer.batch_indices(0, 8, len(examples), 1)]
+        assert len(data_module.pack([data_module.num_tokens("cot", e) for e in batch], row_tokens)) == rows
+        reference = reference or weights(out)
+        same(weights(out), reference)
+    torchrun(2, "train_sft.py", *sft(checkpoint, data, tmp_path / "ranks", "--max-steps", 1, "--device", "cpu"))
+    same(weights(tmp_path / "ranks"), reference)
+    start = {n: p for n, p in load_checkpoint(checkpoint()).named_parameters()}
+    assert any((reference[n] - start[n]).abs().max() > 1e-3 for n in start)
+
+
+def phase1_arguments(checkpoint, data, out, *more):
+    return ["--step", "encoder", *sft(checkpoint, data, out), "--lora-rank", 4, "--top-k", 3, *more]
+
+
+def test_phase1_ranks(command, checkpoint, data, tmp_path):
+    """Phase 1 with 1 and 2 ranks, two steps (the second starts from a B that is no longer zero)."""
+    more = ["--max-steps", 2, "--lora-dropout", 0]
+    assert command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "one", *more))[0] == 0
+    torchrun(2, "train_phase1.py", *phase1_arguments(checkpoint, data, tmp_path / "two", *more, "--device", "cpu"))
+    one, two = (trainer.read_tensors(tmp_path / x / "encoder.safetensors")[0] for x in ("one", "two"))
+    same(one, two)
+
+
+def losses(run: Path) -> list:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(m["step"], m["loss"]) for m in lines if "loss" in m]
+
+
+def test_stop_and_resume(command, checkpoint, data, tmp_path, monkeypatch):
+    """A run stopped at step 5 of 8 (dropout on) goes on with the very losses of one that was not stopped."""
+    arguments = ["--max-steps", 8, "--lora-dropout", 0.2, "--save-every", 100]
+    assert command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "whole", *arguments))[0] == 0
+
+    real, count = trainer.nn.utils.clip_grad_norm_, [0]
+
+    def interrupt(*a):  # a Ctrl-C in the middle of the fifth step
+        count[0] += 1
+        if count[0] == 5:
+            import os
+            import signal
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(*a)
+    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", interrupt)
+    code, printed, _ = command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "stopped", *arguments))
+    assert code == 130 and "stopped after step 5 of 8" in printed and len(losses(tmp_path / "stopped")) == 5
+    assert command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "stopped", *arguments))[0] == 0
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    a, b = (trainer.read_tensors(tmp_path / x / "encoder.safetensors")[0] for x in ("stopped", "whole"))
+    assert all(torch.equal(a[n], b[n]) for n in a)
+    code, printed, _ = command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "stopped", *arguments))
+    assert code == 0 and "finished already" in printed
+
+
+def test_killed_between_saves(checkpoint, data, tmp_path):
+    """kill -9 loses only what came after the last save: metrics written since are dropped, the losses repeat."""
+    script = textwrap.dedent(f"""
+        import os, sys; sys.path.insert(0, {str(ROOT)!r})
+        import train_phase1, trainer
+        real, count = trainer.nn.utils.clip_grad_norm_, [0]
+        def killer(*a):
+            count[0] += 1
+            if count[0] == 6: os.kill(os.getpid(), 9)
+            return real(*a)
+        if sys.argv.pop(1) == "kill": trainer.nn.utils.clip_grad_norm_ = killer
+        train_phase1.run_main(train_phase1.main)""")
+    arguments = phase1_arguments(checkpoint, data, tmp_path / "run", "--max-steps", 7, "--save-every", 3)
+    go = lambda how: subprocess.run([sys.executable, "-c", script, how, *map(str, arguments)], capture_output=True, text=True)
+    assert go("kill").returncode == -9
+    before = losses(tmp_path / "run")
+    assert len(before) == 5
+    assert go("go").returncode == 0
+    after = losses(tmp_path / "run")
+    assert after[:5] == before and [s for s, _ in after] == list(range(1, 8))
+
+
+def test_learning_rate_and_order():
+    rates = [trainer.learning_rate(s, 100, 2.0, 0.05) for s in range(100)]
+    assert rates[0] == pytest.approx(0.4) and rates[4] == max(rates) == 2.0 and 0 < rates[-1] < 0.01
+    assert all(a > b for a, b in zip(rates[4:], rates[5:]))
+    seen = [i for step in range(5) for i in trainer.batch_indices(step, 8, 20, seed=3)]
+    assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20)) and seen[:20] != seen[20:]

@@ -1,0 +1,145 @@
+"""Phase 1: an encoder turns every r chain tokens into one latent token from which a decoder goes on.
+
+    python train_phase1.py --step encoder --model runs/cot --data train.jsonl --out runs/encoder --compression 2
+    python train_phase1.py --step decoder --init runs/encoder --data train.jsonl --out runs/decoder
+    python train_phase1.py --step joint --init runs/decoder --data train.jsonl --out runs/joint
+
+Encoder and decoder are two adapters on one frozen base. The loss is the mean cross-entropy over S_2..S_N, </think> and the
+answer, given latents that are superpositions made by the encoder. DESIGN.md section 2; paper section 3.3.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from attention import PackedAttention
+from data import Row, load_examples, num_targets, num_tokens, pack_row
+import latents
+from load_hf_weights import base_dtype, load_model
+import lora
+from masks import induction, supervision
+from model import Model
+from runs import UserError, at_least, parser, read_json, run_main, start
+from trainer import Task, add_training_arguments, train
+
+LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder", "decoder")}
+
+
+class Encoder(nn.Module):
+    """The base with the adapter "encoder" and the latent query L, a vector [hidden_size]."""
+
+    def __init__(self, model: Model, latent_query: torch.Tensor | None = None):
+        super().__init__()
+        self.model = model
+        query = model.embed_tokens.weight.float().mean(0) if latent_query is None else latent_query
+        self.latent_query = nn.Parameter(query.to(model.embed_tokens.weight.device, torch.float32))
+
+    def forward(self, row: Row, k: int):
+        """alpha of every latent of an encoder row, as (probs [n, k], ids [n, k] or None)."""
+        E = self.model.embed_tokens.weight
+        x = self.model.embed_tokens(row.ids)
+        x = x.index_copy(0, row.latent_index, self.latent_query.to(x.dtype).expand(len(row.latent_index), -1))
+        h = self.model(x, row.position_ids, PackedAttention(row.labels, induction), "encoder")
+        return latents.induce(h[row.latent_index], E.detach(), k)
+
+
+@dataclass
+class Rows:
+    """The same examples in encoder and in decoder layout."""
+    encoder: Row
+    decoder: Row
+
+    def to(self, device, non_blocking=False):
+        return Rows(self.encoder.to(device, non_blocking), self.decoder.to(device, non_blocking))
+
+
+class Phase1(Task):
+    def __init__(self, encoder: Encoder, r: int, k: int, learns: tuple[str, ...]):
+        super().__init__()
+        self.model, self.encoder, self.r, self.k, self.learns = encoder.model, encoder, r, k, learns
+        self.encoder.requires_grad_(False)
+        for name in learns:
+            for p in lora.adapter_parameters(self.model, name).values():
+                p.requires_grad_(True)
+        self.encoder.latent_query.requires_grad_("encoder" in learns)
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        for name in {"encoder", "decoder"} - set(self.learns):
+            lora.set_training(self.model, name, False)  # a frozen adapter drops nothing out
+        return self
+
+    def length(self, example):
+        return num_tokens("encoder", example, self.r) + num_tokens("decoder", example, self.r)
+
+    def counts(self, examples):
+        return {"ce": sum(num_targets("decoder", e, self.r) for e in examples)}
+
+    def row(self, examples):
+        return Rows(pack_row("encoder", examples, self.r), pack_row("decoder", examples, self.r))
+
+    def forward(self, rows):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self.learns):
+            alpha = self.encoder(rows.encoder, self.k)
+        row, E = rows.decoder, self.model.embed_tokens.weight
+        x = self.model.embed_tokens(row.ids)
+        x = x.index_copy(0, row.latent_index, latents.superpose(*alpha, E.detach()).to(x.dtype))
+        h = self.model(x, row.position_ids, PackedAttention(row.labels, supervision), "decoder")
+        return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
+
+    def save(self, out: Path):
+        lora.save_adapter(out / "encoder.safetensors", self.model, "encoder", {"latent_query": self.encoder.latent_query})
+        lora.save_adapter(out / "decoder.safetensors", self.model, "decoder")
+
+
+def load_encoder(run: str | Path, model: Model, dropout: float = 0.0) -> Encoder:
+    """The encoder that a phase 1 run saved, as an adapter on `model`, the run's base."""
+    extra = lora.load_adapter(Path(run) / "encoder.safetensors", model, "encoder", dropout)
+    return Encoder(model, extra["latent_query"])
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--step", choices=LEARNS, required=True, help="which adapters learn: the encoder's, the decoder's, or both")
+    p.add_argument("--model", help="the CoT-SFT model, a run or a checkpoint directory; default: that of --init")
+    p.add_argument("--init", help="the phase 1 run whose adapters this step starts from; step encoder may do without")
+    p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --init, or 2")
+    p.add_argument("--top-k", type=at_least(0), help="tokens in a superposition, 0 for all; default: that of --init, or 10")
+    add_training_arguments(p, lr=1e-4, epochs=10)
+    args = p.parse_args()
+    args.command = "train_phase1"
+    if not (args.init or args.model):
+        raise UserError("--model: name the CoT-SFT model to start from (or --init, a phase 1 run)")
+    if args.step != "encoder" and not args.init:
+        raise UserError(f"--init: the step {args.step} starts from a run of the step before; name it")
+    before = read_json(Path(args.init) / "config.json") if args.init else {}
+    if args.init and before.get("command") != "train_phase1":
+        raise UserError(f"{args.init}: is no phase 1 run; --init takes the directory of an earlier step")
+    for key, default in (("model", None), ("compression", 2), ("top_k", 10)):
+        given = getattr(args, key)
+        if given is None:
+            setattr(args, key, before.get(key, default))
+        elif before and given != before[key]:
+            raise UserError(f"{args.init}: was trained with {key} {before[key]}, not {given}; leave --{key.replace('_', '-')} out")
+    args.model = str(Path(args.model).resolve())  # later commands find it from anywhere
+
+    rank, world, device = start(args.device)
+    torch.manual_seed(args.seed)
+    model, tokenizer, _ = load_model(args.model, device, base_dtype(device))
+    if args.init:
+        encoder = load_encoder(args.init, model, args.lora_dropout)
+        lora.load_adapter(Path(args.init) / "decoder.safetensors", model, "decoder", args.lora_dropout)
+    else:
+        for name in ("encoder", "decoder"):
+            lora.add_adapter(model, name, args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
+        encoder = Encoder(model)
+    examples = load_examples(args.data, tokenizer)
+    valid = load_examples(args.valid, tokenizer) if args.valid else None
+    task = Phase1(encoder, args.compression, args.top_k, LEARNS[args.step])
+    train(task, examples, valid, args, rank, world, device)
+
+
+if __name__ == "__main__":
+    run_main(main)

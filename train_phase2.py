@@ -1,0 +1,122 @@
+"""Phase 2: the decoder of phase 1, merged, learns to produce the cached latents by itself.
+
+    python train_phase2.py --phase1 runs/joint --cache runs/cache --data train.jsonl --out runs/latent
+
+Loss = w_ce * CE(</think> A) + w_kl * KL(alpha || q), q the softmax of the LM head at the position before each latent; KL is
+averaged over the latents of an example, then over examples. DESIGN.md section 2; paper section 3.4.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from attention import PackedAttention
+from cache_latents import encode, identity, read_cache
+from data import Example, Row, load_examples, num_targets, num_tokens, pack_row
+import latents
+from load_hf_weights import base_dtype, load_model
+import lora
+from model import Model
+from runs import UserError, at_least, parser, read_json, run_main, start
+from train_phase1 import load_encoder
+from trainer import Task, add_training_arguments, train
+
+
+@dataclass
+class LatentExample(Example):
+    """An example with its cached alpha: probs float16 [N, k] and ids int32 [N, k], or None for the full vocabulary."""
+    probs: torch.Tensor
+    ids: torch.Tensor | None
+
+
+def with_latents(examples: list[Example], cached: list[tuple]) -> list[LatentExample]:
+    return [LatentExample(**vars(e), probs=probs, ids=ids) for e, (probs, ids) in zip(examples, cached)]
+
+
+@dataclass
+class LatentRow:
+    """A row in latent layout, alpha of its latents, and the weight [n] of each latent in the mean over its example."""
+    row: Row
+    probs: torch.Tensor
+    ids: torch.Tensor | None
+    weights: torch.Tensor
+
+    def to(self, device, non_blocking=False):
+        ids = None if self.ids is None else self.ids.to(device, non_blocking=non_blocking)
+        return LatentRow(self.row.to(device, non_blocking), self.probs.to(device, non_blocking=non_blocking), ids,
+                         self.weights.to(device, non_blocking=non_blocking))
+
+
+class Phase2(Task):
+    def __init__(self, model: Model, r: int, w_ce: float, w_kl: float, noise: float, temperature: float):
+        super().__init__()
+        self.model, self.r, self.noise, self.temperature = model, r, noise, temperature
+        self.weights = {"ce": w_ce, "kl": w_kl}
+
+    def length(self, example):
+        return num_tokens("latent", example, self.r)
+
+    def counts(self, examples):
+        return {"ce": sum(num_targets("latent", e, self.r) for e in examples), "kl": len(examples)}
+
+    def row(self, examples):
+        self.end_think = examples[0].end_think[0]
+        weights = [torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples]
+        return LatentRow(pack_row("latent", examples, self.r), torch.cat([e.probs for e in examples]).float(),
+                         None if examples[0].ids is None else torch.cat([e.ids for e in examples]).long(), torch.cat(weights))
+
+    def forward(self, batch):
+        row, probs, ids, E = batch.row, batch.probs, batch.ids, self.model.embed_tokens.weight
+        if self.noise and self.training:
+            probs = latents.gumbel_noise(probs, ids, self.end_think, self.noise, self.temperature)
+        x = self.model.embed_tokens(row.ids)
+        x = x.index_copy(0, row.latent_index, latents.superpose(probs, ids, E.detach()).to(x.dtype))
+        h = self.model(x, row.position_ids, PackedAttention(row.labels), "student")
+        return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets),
+                "kl": latents.kl_divergence(h[row.latent_index - 1], self.model.head, probs, ids, batch.weights)}
+
+    def save(self, out: Path):
+        lora.save_adapter(out / "student.safetensors", self.model, "student")
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--phase1", required=True, help="the phase 1 run whose decoder the student starts from")
+    p.add_argument("--cache", required=True, help="the latents that its encoder made of --data (cache_latents.py)")
+    p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --phase1")
+    p.add_argument("--top-k", type=at_least(0), help="tokens in a superposition; default: that of --phase1")
+    p.add_argument("--w-ce", type=at_least(0, float), default=1.0, help="weight of the answer's cross-entropy")
+    p.add_argument("--w-kl", type=at_least(0, float), default=1.0, help="weight of the latents' KL")
+    p.add_argument("--noise", type=at_least(0, float), default=0.0, help="scale of Gumbel noise on the latents; 0: none")
+    p.add_argument("--noise-temperature", type=at_least(0.01, float), default=1.0, help="temperature of the noisy softmax")
+    add_training_arguments(p, lr=3e-4, epochs=50)
+    args = p.parse_args()
+    args.command = "train_phase2"
+    before = read_json(Path(args.phase1) / "config.json")
+    if before.get("command") != "train_phase1":
+        raise UserError(f"{args.phase1}: is no phase 1 run")
+    args.compression = args.compression or before["compression"]
+    args.top_k = before["top_k"] if args.top_k is None else args.top_k
+
+    args.phase1 = str(Path(args.phase1).resolve())
+
+    rank, world, device = start(args.device)
+    torch.manual_seed(args.seed)
+    model, tokenizer, _ = load_model(args.phase1, device, base_dtype(device))
+    lora.add_adapter(model, "student", args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
+    plain = load_examples(args.data, tokenizer)
+    made_from = identity(args.phase1, args.data, len(plain), args.compression, args.top_k)
+    examples = with_latents(plain, read_cache(args.cache, made_from))
+    valid = None
+    if args.valid:  # a few latents: made now, by the encoder on its own base
+        plain = load_examples(args.valid, tokenizer)
+        encoder = load_encoder(args.phase1, load_model(before["model"], device, base_dtype(device))[0]).to(device).eval()
+        valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))
+        del encoder
+    task = Phase2(model, args.compression, args.w_ce, args.w_kl, args.noise, args.noise_temperature)
+    train(task, examples, valid, args, rank, world, device)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,231 @@
+"""The training loop that CoT-SFT and both phases share, and what a thing to train must offer.
+
+The loss of a step is a sum over the whole batch divided by a count over the whole batch, whatever ranks and micro-batches
+(packed rows) the batch is dealt to; so the gradient is the same however it is split.
+"""
+
+import argparse
+from contextlib import nullcontext
+from functools import lru_cache
+import json
+import math
+from pathlib import Path
+import time
+
+import numpy as np
+import torch
+from torch import nn
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from data import pack
+from runs import Stopper, UserError, at_least, open_run, from_rank0, read_tensors, write_json, write_tensors, write_text
+
+
+class Task(nn.Module):
+    """What `train` trains. Parameters with requires_grad learn; `weights` says how the loss parts add up."""
+    weights: dict[str, float] = {"ce": 1.0}
+
+    def length(self, example) -> int:
+        """Tokens that `example` takes of a row's budget."""
+        raise NotImplementedError
+
+    def counts(self, examples) -> dict[str, float]:
+        """The number by which the sum of each loss part over `examples` is divided."""
+        raise NotImplementedError
+
+    def row(self, examples):
+        """A packed row of `examples`, on the CPU, with `.to(device)`."""
+        raise NotImplementedError
+
+    def forward(self, row) -> dict[str, torch.Tensor]:
+        """The loss parts of a row, each a float32 sum."""
+        raise NotImplementedError
+
+    def save(self, out: Path) -> None:
+        """Writes what was learned into the run directory."""
+        raise NotImplementedError
+
+
+def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float, lora_rank: int | None = 64) -> None:
+    p.add_argument("--data", required=True, help="training .jsonl or .jsonl.gz: problem, cot, cot_answer")
+    p.add_argument("--valid", help="like --data; its loss is measured now and then")
+    p.add_argument("--out", required=True, help="run directory; the same command goes on where it stopped")
+    p.add_argument("--epochs", type=at_least(0, float), default=epochs, help="passes over the data")
+    p.add_argument("--max-steps", type=at_least(1), help="optimizer steps, instead of --epochs")
+    p.add_argument("--batch-size", type=at_least(1), default=128, help="examples per step, over all ranks")
+    p.add_argument("--row-tokens", type=at_least(1), default=8192, help="tokens of a packed row, that is of a micro-batch")
+    p.add_argument("--lr", type=at_least(0, float), default=lr, help="peak learning rate")
+    p.add_argument("--warmup", type=at_least(0, float), default=0.05, help="share of the steps, before the cosine to zero")
+    p.add_argument("--weight-decay", type=at_least(0, float), default=0.01, help="AdamW's, on matrices")
+    p.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm")
+    p.add_argument("--valid-every", type=at_least(1), help="steps between validations; default: a tenth of the run")
+    p.add_argument("--save-every", type=at_least(1), default=200, help="steps between resumable states")
+    if lora_rank:
+        p.add_argument("--lora-rank", type=at_least(1), default=lora_rank, help="rank of new adapters; alpha is twice that")
+        p.add_argument("--lora-dropout", type=at_least(0, float), default=0.1, help="dropout before new adapters")
+
+
+def fitting(examples: list, length, row_tokens: int, rank: int, where: str) -> list:
+    """The examples no longer than a row; says how many were skipped. Raises UserError when none is left."""
+    kept = [e for e in examples if length(e) <= row_tokens]
+    if rank == 0 and len(kept) < len(examples):
+        print(f"{where}: skipped {len(examples) - len(kept)} of {len(examples)} examples, longer than --row-tokens {row_tokens}")
+    if not kept:
+        raise UserError(f"{where}: no example fits into --row-tokens {row_tokens}; the shortest needs {min(map(length, examples))}")
+    return kept
+
+
+@lru_cache(maxsize=2)
+def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int]:
+    """Which of `count` examples step number `step` (from 0) sees: a function of the seed, so a resumed run goes on alike."""
+    places = range(step * batch_size, (step + 1) * batch_size)
+    return [int(_shuffled(seed, p // count, count)[p % count]) for p in places]
+
+
+def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+    """Linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
+    warm = max(1, round(warmup * steps))
+    return peak * ((step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (steps - warm + 1))))
+
+
+def _save_state(path: Path, step: int, learned: dict, optimizer) -> None:
+    tensors = {f"parameter/{n}": p for n, p in learned.items()}
+    for n, p in learned.items():
+        tensors |= {f"{key}/{n}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+    write_tensors(path, tensors, {"step": str(step)})
+
+
+def _load_state(path: Path, learned: dict, optimizer) -> int:
+    tensors, metadata = read_tensors(path)
+    step = int(metadata["step"])
+    for n, p in learned.items():
+        p.data.copy_(tensors[f"parameter/{n}"])
+        moments = {key: tensors[f"{key}/{n}"].to(p) for key in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[p] = {"step": torch.tensor(float(step))} | moments
+    return step
+
+
+def _reduced(values: dict[str, float], device) -> dict[str, float]:
+    """Sums over all ranks."""
+    total = torch.tensor(list(values.values()), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    return dict(zip(values, total.tolist()))
+
+
+@torch.no_grad()
+def evaluate(task: Task, examples: list, args, rank: int, world: int, device) -> dict[str, float]:
+    """Mean loss parts over `examples`, without noise and dropout."""
+    task.eval()
+    sums = {k: 0.0 for k in task.weights}
+    for indices in pack([task.length(e) for e in examples], args.row_tokens, world)[rank::world]:
+        parts = task(task.row([examples[i] for i in indices]).to(device)) if indices else {}
+        sums = {k: sums[k] + float(parts[k]) for k in parts}
+    task.train()
+    counts = task.counts(examples)
+    means = {k: v / counts[k] for k, v in _reduced(sums, device).items()}
+    return {"loss": sum(task.weights[k] * v for k, v in means.items())} | means
+
+
+def train(task: Task, examples: list, valid: list | None, args, rank: int, world: int, device: torch.device) -> None:
+    """Trains `task` on `examples` into args.out, or goes on with the run that is there. Raises UserError.
+
+    Writes config.json, metrics.jsonl, what task.save writes, and resume.safetensors until the run is finished.
+    """
+    out, settings = Path(args.out), vars(args)
+    from_rank0(lambda: open_run(out, settings))
+    if (out / "finished.json").exists():
+        if rank == 0:
+            print(f"{out}: is finished already")
+        return
+    if args.batch_size < world:
+        raise UserError(f"--batch-size {args.batch_size}: every one of the {world} ranks needs at least one example a step")
+    examples = fitting(examples, task.length, args.row_tokens, rank, args.data)
+    valid = fitting(valid, task.length, args.row_tokens, rank, args.valid) if valid else None
+    steps = args.max_steps or max(1, math.ceil(args.epochs * len(examples) / args.batch_size))
+    valid_every = args.valid_every or max(1, steps // 10)
+
+    task.to(device).train()
+    learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
+    matrices, others = ([p for p in learned.values() if (p.ndim >= 2) == m] for m in (True, False))
+    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
+                                  betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=device.type == "cuda")
+    first = _load_state(out / "resume.safetensors", learned, optimizer) if (out / "resume.safetensors").exists() else 0
+    parallel = DistributedDataParallel(task, broadcast_buffers=False) if world > 1 else task
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
+    if rank == 0:
+        _truncate_metrics(out / "metrics.jsonl", first)
+        print(f"{args.command}: {sum(p.numel() for p in learned.values()):,} of {sum(p.numel() for p in task.parameters()):,} "
+              f"parameters learn from {len(examples)} examples, {steps} steps of {args.batch_size} on {world} x {device}"
+              + (f", going on at step {first}" if first else ""))
+
+    def save(step):
+        if rank == 0:
+            task.save(out)
+            _save_state(out / "resume.safetensors", step, learned, optimizer)
+
+    metrics = open(out / "metrics.jsonl", "a", encoding="utf-8") if rank == 0 else None
+    record = (lambda **values: print(json.dumps(values), file=metrics, flush=True)) if rank == 0 else (lambda **_: None)
+    begin, last_valid = time.time(), None
+    bar = tqdm(total=steps, initial=first, disable=rank > 0, desc=out.name, mininterval=1, dynamic_ncols=True)
+    with Stopper() as stopper, bar:
+        for step in range(first, steps):
+            tick = time.time()
+            torch.manual_seed(hash((args.seed, step, rank)))  # dropout and noise: nothing else to save for a resume
+            batch = [examples[i] for i in batch_indices(step, args.batch_size, len(examples), args.seed)]
+            rows = pack([task.length(e) for e in batch], args.row_tokens, world)
+            counts, sums, mine = task.counts(batch), {k: 0.0 for k in task.weights}, rows[rank::world]
+            for i, indices in enumerate(mine):
+                row = task.row([batch[j] for j in indices]).to(device, non_blocking=True)
+                last = i == len(mine) - 1  # ranks talk once per step
+                with nullcontext() if last or world == 1 else parallel.no_sync(), autocast:
+                    parts = parallel(row)
+                    loss = sum(task.weights[k] * part / counts[k] for k, part in parts.items())
+                    (loss * world).backward()  # DistributedDataParallel takes the mean over ranks; the sum is wanted
+                sums = {k: sums[k] + parts[k].detach() for k in sums}
+
+            lr = learning_rate(step, steps, args.lr, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            norm = nn.utils.clip_grad_norm_(learned.values(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+            totals = _reduced(sums | {"stop": float(stopper.asked)}, device)
+            stop = totals.pop("stop") > 0
+            means = {k: v / counts[k] for k, v in totals.items()}
+            loss = sum(task.weights[k] * v for k, v in means.items())
+            tokens = sum(task.length(e) for e in batch)
+            record(step=step + 1, loss=loss, **means, lr=lr, grad_norm=float(norm), tokens_per_s=round(tokens / (time.time() - tick)))
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+            if valid and ((step + 1) % valid_every == 0 or step + 1 == steps):
+                last_valid = evaluate(task, valid, args, rank, world, device)
+                record(step=step + 1, **{f"valid_{k}": v for k, v in last_valid.items()})
+            if stop or (step + 1) % args.save_every == 0 or step + 1 == steps:
+                save(step + 1)
+            if stop and step + 1 < steps:
+                bar.close()
+                if rank == 0:
+                    print(f"{out}: stopped after step {step + 1} of {steps}; the same command goes on from there")
+                raise KeyboardInterrupt
+    if rank == 0:
+        metrics.close()
+        write_json(out / "finished.json", {"steps": steps, "loss": loss, "valid": last_valid, "seconds": time.time() - begin})
+        (out / "resume.safetensors").unlink(missing_ok=True)
+        print(f"{out}: loss {loss:.4f}" + (f", validation {last_valid['loss']:.4f}" if last_valid else "")
+              + f" after {steps} steps, {time.time() - begin:.0f} s")
+
+
+def _truncate_metrics(path: Path, step: int) -> None:
+    """Drops what a run wrote after the state from which it goes on."""
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_text(path, "".join(line + "\n" for line in kept))

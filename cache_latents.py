@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from data import Example, load_examples, num_latents, num_tokens, pack, pack_row
 from load_hf_weights import base_dtype, fingerprint, load_model, resolve
-from runs import UserError, at_least, file_hash, from_rank0, parser, read_json, read_tensors, run_main, start, write_json, write_tensors
+from runs import (UserError, at_least, file_hash, from_rank0, parser, read_json, read_tensors, run_main, start, write_json,
+                  write_tensors)
 from train_phase1 import Encoder, load_encoder
 
 SHARD = 4096  # examples
@@ -37,8 +38,8 @@ def encode(encoder: Encoder, examples: list[Example], r: int, k: int, row_tokens
         group = [examples[i] for i in indices]
         probs, ids = encoder(pack_row("encoder", group, r).to(device), k)
         sizes = [num_latents(e, r) for e in group]
-        split = zip(probs.half().cpu().split(sizes), [None] * len(group) if ids is None else ids.int().cpu().split(sizes))
-        for i, alpha in zip(indices, split):
+        all_ids = [None] * len(group) if ids is None else ids.int().cpu().split(sizes)
+        for i, alpha in zip(indices, zip(probs.half().cpu().split(sizes), all_ids)):
             cached[i] = alpha
     return cached
 
@@ -50,12 +51,12 @@ def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
     """
     directory = Path(directory)
     if not (directory / "cache.json").exists():
-        raise UserError(f"{directory}: no latent cache here (no cache.json); make one with cache_latents.py, or let it finish")
+        raise UserError(f"{directory}: no latent cache here (no cache.json); make or finish one with cache_latents.py")
     found = read_json(directory / "cache.json")
     for key, value in expected.items():
         if found.get(key) != value:
-            raise UserError(f"{directory}: this cache does not fit: {key} is {found.get(key)} in the cache and {value} here; "
-                            "make the cache again from this phase 1 run and this data")
+            raise UserError(f"{directory}: this cache does not fit: {key} is {found.get(key)} in the cache and {value} "
+                            "here; make the cache again from this phase 1 run and this data")
     cached = []
     for path in sorted(directory.glob("shard-*.safetensors")):
         tensors, _ = read_tensors(path)

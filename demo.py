@@ -1,35 +1,156 @@
-"""The embedded default (`make demo`): a made-up task, a small model from scratch, and the whole pipeline through the scripts."""
+"""The embedded default (`make demo`): a made-up task, a small model from scratch, the whole pipeline through the scripts.
+
+    python demo.py --out demo --rates 2 4
+
+The task: a machine with ten states and four buttons, each button a permutation of the states. `4abda=` asks where the
+machine ends that starts in state 4; the written chain says button and new state at each step, `a3b9d1a7`. Without steps a
+small model cannot compose 5 to 8 permutations; with them it can. A stopped demo goes on where it was.
+"""
 
 import json
 from pathlib import Path
 import random
+import subprocess
+import sys
+import time
 
-from model import Config, Model
-from tokenizer import END_THINK, THINK, _byte_alphabet
+from safetensors.torch import save_file
+import torch
+
+from data import Example, read_jsonl
+from figures import draw_latents, draw_masks
+from load_hf_weights import hf_name, read_config
+from model import Model
+from runs import atomic, at_least, parser, read_json, run_main, write_json, write_text
+from tokenizer import END_THINK, THINK, Tokenizer, byte_alphabet
+
+HERE = Path(__file__).parent
+CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 264, "hidden_size": 96,
+          "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
+          "rms_norm_eps": 1e-6, "rope_theta": 300.0, "hidden_act": "silu", "tie_word_embeddings": True,
+          "max_position_embeddings": 512, "dtype": "float32"}
+SFT = "--lr 3e-3 --max-steps 200 --batch-size 128"
+PHASE1 = "--lora-rank 16 --lora-dropout 0 --batch-size 64"  # and steps and learning rates of its three steps:
+ENCODER, DECODER, JOINT = "--lr 5e-3 --max-steps 80", "--lr 6e-3 --max-steps 120", "--lr 6e-3 --max-steps 300"
+PHASE2 = "--lora-rank 16 --lora-dropout 0 --batch-size 128 --lr 5e-3 --max-steps 800"
+EVAL = "--temperature 0 --max-latents 20 --max-new-tokens 40 --batch-size 250"
 
 
-def solve(rng, ops, low, high, mod):
-    n = rng.randint(low, high)
-    x = rng.randrange(mod)
-    problem, chain = str(x), []
-    for _ in range(n):
-        op, y = rng.choice(ops), rng.randrange(mod)
-        z = {"+": x + y, "-": x - y, "*": x * y}[op] % mod
-        problem += f"{op}{y}"
-        chain.append(f"{x}{op}{y}={z};")
-        x = z
-    return problem + "=", "".join(chain), str(x)
+def make_example(rng: random.Random, buttons: dict[str, list[int]]) -> dict:
+    """One line of the task, in the schema of training and of evaluation data."""
+    state = rng.randrange(10)
+    problem, chain = str(state), ""
+    for _ in range(rng.randint(5, 8)):
+        button = rng.choice(sorted(buttons))
+        state = buttons[button][state]
+        problem, chain = problem + button, f"{chain}{button}{state}"
+    return {"problem": problem + "=", "cot": chain, "cot_answer": f"\\boxed{{{state}}}", "answer": str(state)}
 
 
-def write_tokenizer(out: Path) -> None:
-    """A byte-level BPE tokenizer.json of 263 tokens: the bytes, `boxed`, and three special tokens."""
-    vocab = {c: i for i, c in enumerate(_byte_alphabet())}
-    merges = ["b o", "bo x", "box e", "boxe d"]
-    for m in merges:
-        vocab[m.replace(" ", "")] = len(vocab)
+def write_task(out: Path, seed: int) -> None:
+    """train, valid and test .jsonl of 20,000, 200 and 500 different problems about one machine."""
+    rng, seen = random.Random(seed), set()
+    buttons = {name: rng.sample(range(10), 10) for name in "abcd"}
+    for name, count in (("train", 20000), ("valid", 200), ("test", 500)):
+        lines = []
+        while len(lines) < count:
+            example = make_example(rng, buttons)
+            if example["problem"] not in seen:
+                seen.add(example["problem"])
+                lines.append(json.dumps(example) + "\n")
+        write_text(out / f"{name}.jsonl", "".join(lines))
+
+
+def write_tokenizer(directory: Path) -> None:
+    """A byte-level BPE tokenizer.json of 263 tokens: the bytes, the steps to `boxed`, and three special tokens."""
+    vocab, merges = {c: i for i, c in enumerate(byte_alphabet())}, ["b o", "bo x", "box e", "boxe d"]
+    vocab |= {m.replace(" ", ""): len(vocab) + i for i, m in enumerate(merges)}
     added = [{"id": len(vocab) + i, "content": t, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
               "normalized": False} for i, t in enumerate(("<|endoftext|>", THINK, END_THINK))]
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    (out / "tokenizer.json").write_text(json.dumps({
+    write_json(directory / "tokenizer.json", {
         "version": "1.0", "added_tokens": added, "normalizer": None, "pre_tokenizer": byte_level, "post_processor": None,
-        "decoder": byte_level, "model": {"type": "BPE", "vocab": vocab, "merges": merges}}))
+        "decoder": byte_level, "model": {"type": "BPE", "vocab": vocab, "merges": merges}})
+
+
+def write_model(directory: Path, seed: int) -> None:
+    """A checkpoint directory with random weights, in Hugging Face's layout."""
+    write_json(directory / "config.json", CONFIG)
+    write_tokenizer(directory)
+    model = Model(read_config(directory)).initialize(torch.Generator().manual_seed(seed), std=0.08)
+    with atomic(directory / "model.safetensors") as temporary:
+        save_file({hf_name(n): p.detach() for n, p in model.named_parameters()}, temporary, {"format": "pt"})
+
+
+def main():
+    p = parser(__doc__)
+    p.add_argument("--out", default="demo", help="directory of everything that is made")
+    p.add_argument("--rates", type=at_least(1), nargs="+", default=[2], help="compression rates to train")
+    args = p.parse_args()
+    out, begin = Path(args.out), time.time()
+    if not (out / "base" / "model.safetensors").exists():
+        write_task(out, args.seed)
+        write_model(out / "base", args.seed)
+    common = ["--seed", str(args.seed)] + (["--device", args.device] if args.device else [])
+
+    def call(what: str, script: str, settings: str, **paths):
+        print(f"\n[{time.time() - begin:4.0f} s] {what}", flush=True)
+        flags = [x for key, value in paths.items() for x in (f"--{key}", str(value))]
+        code = subprocess.run([sys.executable, HERE / script, *flags, *settings.split(), *common]).returncode
+        if code:
+            sys.exit(code)
+
+    def evaluate(name: str, run: Path, settings: str = "") -> dict:
+        where = out / "eval" / name
+        if not (where / "test.json").exists():
+            call(f"{name}: 500 unseen problems", "eval.py", f"{EVAL} {settings}", model=run, data=out / "test.jsonl", out=where)
+        return read_json(where / "test.json")
+
+    base, cot, answer_only = out / "base", out / "cot", out / "answer-only"
+    data = {"data": out / "train.jsonl", "valid": out / "valid.jsonl"}
+    call("CoT-SFT: learn to write the chain", "train_sft.py", SFT, model=base, out=cot, **data)
+    call("answer-only: the same without chains", "train_sft.py", f"{SFT} --no-chain", model=base, out=answer_only, **data)
+    rows = {"answer-only": evaluate("answer-only", answer_only), "CoT-SFT": evaluate("CoT-SFT", cot)}
+    for r in args.rates:
+        encoder, decoder, joint, cache, latent = (out / f"r{r}-{x}" for x in ("encoder", "decoder", "joint", "cache", "latent"))
+        phase1 = lambda step, settings, **paths: call(f"r = {r}, phase 1: {step}", "train_phase1.py",
+                                                      f"--step {step} {PHASE1} {settings}", **paths, **data)
+        phase1("encoder", f"{ENCODER} --compression {r}", model=cot, out=encoder)
+        phase1("decoder", DECODER, init=encoder, out=decoder)
+        phase1("joint", JOINT, init=decoder, out=joint)
+        call(f"r = {r}: latent cache", "cache_latents.py", "", phase1=joint, data=data["data"], out=cache)
+        call(f"r = {r}, phase 2: learn to think", "train_phase2.py", PHASE2, phase1=joint, cache=cache, out=latent, **data)
+        rows[f"Latent r={r}"] = evaluate(f"latent-r{r}", latent)
+        rows[f"Latent r={r}, its latents replaced by random ones"] = evaluate(f"random-r{r}", latent, "--latents random")
+
+    draw(out, args.rates[0])
+    table = table_of(rows)
+    write_text(out / "table.md", table)
+    print(f"\n[{time.time() - begin:4.0f} s] {out}/masks.svg, {out}/latents.svg, {out}/table.md:\n\n{table}", end="")
+
+
+def table_of(rows: dict[str, dict]) -> str:
+    """A Markdown table of evaluation summaries."""
+    lines = ["| | accuracy (95% interval) | chain length | of CoT's | seconds per problem |", "| --- | --- | --- | --- | --- |"]
+    for name, s in rows.items():
+        share = s["chain_length"] / rows["CoT-SFT"]["chain_length"]
+        lines.append(f"| {name} | {s['accuracy']:.1f}% ± {s['interval']:.1f} | {s['chain_length']:.1f} | {share:.2f} "
+                     f"| {s['seconds_per_problem']:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(out: Path, r: int) -> None:
+    """masks.svg of a short example, and latents.svg of a short test problem that the latent model got right (if any)."""
+    tokenizer = Tokenizer(out / "base")
+    texts = {"prompt": ["4", "a", "b", "d", "=", THINK], "chain": list("a3b9d1"), "end": [END_THINK], "answer": ["1"]}
+    ids = {k: [tokenizer.added[t] if t in tokenizer.added else tokenizer.encode(t)[0] for t in v] for k, v in texts.items()}
+    draw_masks(out / "masks.svg", Example(*ids.values()), sum(texts.values(), []), r)
+    tests = read_jsonl(out / "test.jsonl")
+    predictions = read_jsonl(out / "eval" / f"latent-r{r}" / "test.predictions.jsonl")
+    problem, prediction = min(zip(tests, predictions), key=lambda x: (not x[1]["correct"], len(x[0]["cot"])))
+    chain = problem["cot"]
+    draw_latents(out / "latents.svg", problem["problem"], [chain[i:i + r] for i in range(0, len(chain), r)], prediction)
+
+
+if __name__ == "__main__":
+    run_main(main)

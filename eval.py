@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 import time
 
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -47,7 +46,8 @@ def prediction(problem: str, gold: str, result: Result, tokenizer: Tokenizer, th
     latents = [[[tokenizer.decode([i]), round(p, 3)] for p, i in zip(ps[:5], ids[:5])]
                for ps, ids in zip(result.probs.tolist(), result.ids.tolist())]
     return {"problem": problem, "chain": chain, "latents": latents, "answer": text, "reference": gold,
-            "correct": grader.grade(gold, text), "chain_length": length, "answer_tokens": tokens, "finished": result.finished}
+            "correct": grader.grade(gold, text), "chain_length": length, "answer_tokens": tokens,
+            "finished": result.finished}
 
 
 def summarize(predictions: list[dict], seconds: float) -> dict:
@@ -56,8 +56,8 @@ def summarize(predictions: list[dict], seconds: float) -> dict:
     accuracy = sum(p["correct"] for p in predictions) / n
     mean = lambda key: sum(p[key] for p in predictions) / n
     return {"accuracy": 100 * accuracy, "interval": 196 * (accuracy * (1 - accuracy) / n) ** 0.5, "count": n,
-            "chain_length": mean("chain_length"), "answer_tokens": mean("answer_tokens"), "finished": 100 * mean("finished"),
-            "seconds": seconds, "seconds_per_problem": seconds / n}
+            "chain_length": mean("chain_length"), "answer_tokens": mean("answer_tokens"),
+            "finished": 100 * mean("finished"), "seconds": seconds, "seconds_per_problem": seconds / n}
 
 
 def run(model, tokenizer, problems, numbers, settings: Sampling, batch_size: int, desc: str, quiet: bool):
@@ -68,7 +68,9 @@ def run(model, tokenizer, problems, numbers, settings: Sampling, batch_size: int
                            lambda i, r: bar.update())
     seconds = time.time() - begin
     with Grader() as grader:
-        return [prediction(p, gold, r, tokenizer, settings.thinking, grader) for (p, gold), r in zip(problems, results)], seconds
+        predictions = [prediction(problem, gold, result, tokenizer, settings.thinking, grader)
+                       for (problem, gold), result in zip(problems, results)]
+    return predictions, seconds
 
 
 def main():
@@ -77,7 +79,8 @@ def main():
     p.add_argument("--data", nargs="+", required=True, help="benchmark files")
     p.add_argument("--out", required=True, help="directory of predictions and summaries")
     p.add_argument("--batch-size", type=at_least(1), default=64, help="rows that run side by side")
-    p.add_argument("--latents", choices=["own", "random"], default="own", help="random: replace each latent's tokens by chance")
+    p.add_argument("--latents", choices=["own", "random"], default="own",
+                   help="random: put random tokens in the place of each latent's own")
     args = p.parse_args()
     rank, world, device = start(args.device)
     files = {file: load_problems(file) for file in args.data}
@@ -91,7 +94,9 @@ def main():
     for file, problems in files.items():
         name = Path(file).name.removesuffix(".gz").removesuffix(".jsonl")
         shard, numbers = problems[rank::world], range(rank, len(problems), world)
-        mine, seconds = run(model, tokenizer, shard, numbers, settings, args.batch_size, name, rank > 0) if shard else ([], 0.0)
+        mine, seconds = [], 0.0
+        if shard:
+            mine, seconds = run(model, tokenizer, shard, numbers, settings, args.batch_size, name, rank > 0)
         shares = [(mine, seconds)]
         if dist.is_initialized():
             shares = [None] * world

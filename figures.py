@@ -13,8 +13,8 @@ CELL = 22
 
 def _svg(width: float, height: float, parts: list[str]) -> str:
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" '
-            f'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="13"><rect width="100%" height="100%" fill="white"/>'
-            + "".join(parts) + "</svg>\n")
+            'font-family="ui-monospace, Menlo, Consolas, monospace" font-size="13">'
+            '<rect width="100%" height="100%" fill="white"/>' + "".join(parts) + "</svg>\n")
 
 
 def _text(x: float, y: float, text: str, **style) -> str:
@@ -22,13 +22,16 @@ def _text(x: float, y: float, text: str, **style) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" xml:space="preserve"{attributes}>{escape(text)}</text>'
 
 
+def _rect(x: float, y: float, width: float, height: float, color: str) -> str:
+    return f'<rect x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" fill="{color}"/>'
+
+
 def draw_masks(path: str | Path, example: Example, tokens: list[str], r: int) -> None:
     """Encoder and decoder mask of `example`; a coloured cell is a key (column) that the query (row) may look at.
 
     `tokens` are the texts of prompt, chain, </think> and answer, one per token.
     """
-    n, head = len(example.chain), len(example.prompt)
-    parts, top, left = [], 96, 110
+    head, parts, top, left, height = len(example.prompt), [], 96, 110, 0
     for name, rule in (("encoder", induction), ("decoder", supervision)):
         row = pack_row(name, [example], r)
         kinds, allowed, latent = row.labels.kind.tolist(), dense(rule, row.labels), 0
@@ -38,7 +41,7 @@ def draw_masks(path: str | Path, example: Example, tokens: list[str], r: int) ->
             latent += kind == LATENT
             names.append(f"{'L' if name == 'encoder' else 'Z'}{latent}" if kind == LATENT else next(spoken))
         size = len(kinds)
-        parts.append(_text(left, 22, f"{name}: {'induction' if name == 'encoder' else 'supervision'} mask, r = {r}", font_weight="bold"))
+        parts.append(_text(left, 22, f"{name}: {rule.__name__} mask, r = {r}", font_weight="bold"))
         for i in range(size):
             y = top + CELL * i + 15
             parts.append(_text(left - 6, y, names[i], text_anchor="end", fill="#222"))
@@ -47,11 +50,11 @@ def draw_masks(path: str | Path, example: Example, tokens: list[str], r: int) ->
             parts.append(_text(x, top - 6, names[i], transform=f"rotate(-60 {x} {top - 6})", fill="#222"))
             for j in range(size):
                 color = COLORS[kinds[j]] if allowed[i, j] else "#f6f6f6"
-                parts.append(f'<rect x="{left + CELL * j}" y="{top + CELL * i}" width="{CELL - 2}" height="{CELL - 2}" fill="{color}"/>')
+                parts.append(_rect(left + CELL * j, top + CELL * i, CELL - 2, CELL - 2, color))
         parts.append(_text(left + CELL * size + 6, top - 6, "pos", fill="#888"))
         left += CELL * size + 170
-        height = top + CELL * size + 20
-    write_text(path, _svg(left - 110, height if n else 0, parts))
+        height = max(height, top + CELL * size + 20)
+    write_text(path, _svg(left - 110, height, parts))
 
 
 def draw_latents(path: str | Path, problem: str, chain: list[str], prediction: dict) -> None:
@@ -59,7 +62,8 @@ def draw_latents(path: str | Path, problem: str, chain: list[str], prediction: d
     written chain (`chain`, cut at the compression rate) that it stands for, and the answer. `prediction` is eval.py's."""
     latents, line, bar = prediction["latents"], 26, 86
     columns = max(map(len, latents), default=1)
-    parts = [_text(16, 26, problem, font_weight="bold"), _text(16, 56, "chain", fill="#888"), _text(110, 56, "latent: its likeliest tokens", fill="#888")]
+    parts = [_text(16, 26, problem, font_weight="bold"), _text(16, 56, "chain", fill="#888"),
+             _text(110, 56, "latent: its likeliest tokens", fill="#888")]
     for n in range(max(len(latents), len(chain))):
         y = 84 + line * n
         parts.append(_text(16, y, chain[n] if n < len(chain) else "", fill="#222"))
@@ -67,7 +71,7 @@ def draw_latents(path: str | Path, problem: str, chain: list[str], prediction: d
             parts.append(_text(84, y, str(n + 1), fill="#888", text_anchor="end"))
             for c, (token, p) in enumerate(latents[n]):
                 x = 110 + (bar + 24) * c
-                parts.append(f'<rect x="{x}" y="{y - 15}" width="{bar * p:.1f}" height="20" fill="{COLORS[LATENT]}" opacity="0.75"/>')
+                parts.append(_rect(x, y - 15, bar * p, 20, COLORS[LATENT]))
                 parts.append(_text(x + 4, y, token if token.isprintable() else repr(token)[1:-1], fill="#222"))
                 parts.append(_text(x + bar, y, f"{p:.2f}", fill="#888", text_anchor="end"))
     y = 84 + line * max(len(latents), len(chain)) + 8

@@ -1,4 +1,4 @@
-"""Is an answer right? math-verify decides, in a process of its own, so that a hostile answer costs seconds and not the run."""
+"""Is an answer right? math-verify decides, in a process of its own: a hostile answer costs seconds, not the run."""
 
 from decimal import Decimal, InvalidOperation
 import json
@@ -55,7 +55,8 @@ class Grader:
 
     def _ask(self, gold: str, answer: str) -> bool:
         if self.worker is None:
-            self.worker = subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self.worker = subprocess.Popen([sys.executable, __file__], text=True, **pipes)
             self.worker.stdout.readline()  # "ready": imports do not count against the limit
         try:
             print(json.dumps([gold, answer]), file=self.worker.stdin, flush=True)
@@ -76,7 +77,8 @@ def _serve() -> None:
     for line in sys.stdin:
         gold, answer = json.loads(line)
         try:
-            verdict = verify(parse(f"\\boxed{{{gold}}}", parsing_timeout=None), parse(answer, parsing_timeout=None), timeout_seconds=None)
+            reference, found = (parse(x, parsing_timeout=None) for x in (f"\\boxed{{{gold}}}", answer))
+            verdict = verify(reference, found, timeout_seconds=None)
         except Exception:
             verdict = False
         print(json.dumps(bool(verdict)), flush=True)

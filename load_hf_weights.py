@@ -45,8 +45,8 @@ def read_config(directory: str | Path) -> Config:
             raise UserError(f"{path}: {key} = {c[key]!r} is not supported")
     try:
         return Config(
-            model_type=kind, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"], intermediate_size=c["intermediate_size"],
-            num_hidden_layers=c["num_hidden_layers"], num_attention_heads=c["num_attention_heads"],
+            model_type=kind, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
+            intermediate_size=c["intermediate_size"], num_hidden_layers=c["num_hidden_layers"], num_attention_heads=c["num_attention_heads"],
             num_key_value_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
             head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], rms_norm_eps=c["rms_norm_eps"],
             rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
@@ -88,7 +88,8 @@ def load_checkpoint(directory: str | Path, device="cpu", dtype=torch.float32) ->
             if name not in expected:
                 raise UserError(f"{path}: the tensor {name} is extra; {config.model_type} has no such weight")
             if tensor.shape != expected[name].shape:
-                raise UserError(f"{path}: the tensor {name} is misshapen, {list(tensor.shape)} instead of {list(expected[name].shape)}")
+                shapes = f"{list(tensor.shape)} instead of {list(expected[name].shape)}"
+                raise UserError(f"{path}: the tensor {name} is misshapen, {shapes}")
             found[name] = tensor.to(dtype)
     for name in expected:
         if name not in found:
@@ -117,7 +118,8 @@ def resolve(path: str | Path) -> tuple[Path, list[Path], dict]:
         adapter = path / ("decoder.safetensors" if command == "train_phase1" else "student.safetensors")
         if not adapter.exists():
             _unfinished(path)
-        return base, adapters + [adapter], {"thinking": "latent", "top_k": config["top_k"], "compression": config["compression"]}
+        reasons = {"thinking": "latent", "top_k": config["top_k"], "compression": config["compression"]}
+        return base, adapters + [adapter], reasons
     raise UserError(f"{path}: neither a checkpoint nor a run of this program (config.json has no model_type)")
 
 
@@ -194,7 +196,7 @@ def main():
     p = parser(__doc__)
     p.add_argument("--model", required=True, help="checkpoint directory or run to export, adapters merged")
     p.add_argument("--out", required=True, help="new directory, in Hugging Face's layout")
-    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of the weights written; default: as they were")
+    p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is written; default: as it was")
     args = p.parse_args()
     start(args.device or "cpu")
     base, adapters, reasons = resolve(args.model)

@@ -6,9 +6,6 @@ import torch.nn.functional as F
 
 from runs import UserError, read_tensors, write_tensors
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-
 class Adapter(nn.Module):
     """`x -> scale * dropout(x) A^T B^T`, with A [rank, in] and B [out, rank]; B starts at zero, so it starts as nothing."""
 
@@ -42,18 +39,19 @@ class LoRALinear(nn.Linear):
 
 
 def _carriers(model: nn.Module):
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear) and name.rsplit(".")[-1] in TARGETS]
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
 
 
 def add_adapter(model: nn.Module, name: str, rank: int, alpha: float, dropout: float = 0.0) -> None:
-    """Gives every target projection of `model` a fresh adapter called `name`."""
+    """Gives every projection of `model` (q, k, v, o, gate, up, down) a fresh adapter called `name`."""
     for _, linear in _carriers(model):
         linear.adapters[name] = Adapter(linear, rank, alpha, dropout)
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     """{"layers.0.self_attn.q_proj.lora_A": parameter, ...} of the adapter `name`; a live view, also what is saved."""
-    return {f"{path}.{key}": p for path, linear in _carriers(model) for key, p in linear.adapters[name].named_parameters()}
+    return {f"{path}.{key}": p
+            for path, linear in _carriers(model) for key, p in linear.adapters[name].named_parameters()}
 
 
 def set_training(model: nn.Module, name: str, mode: bool) -> None:
@@ -82,7 +80,8 @@ def save_adapter(path, model: nn.Module, name: str, extra: dict[str, torch.Tenso
     """Writes adapter `name`, and tensors that belong to it (the encoder's latent query), as one safetensors file."""
     _, first = _carriers(model)[0]
     rank, scale = len(first.adapters[name].lora_A), first.adapters[name].scale
-    write_tensors(path, adapter_parameters(model, name) | (extra or {}), {"rank": str(rank), "alpha": str(scale * rank)})
+    tensors = adapter_parameters(model, name) | (extra or {})
+    write_tensors(path, tensors, {"rank": str(rank), "alpha": str(scale * rank)})
 
 
 def load_adapter(path, model: nn.Module, name: str, dropout: float = 0.0) -> dict[str, torch.Tensor]:
@@ -93,6 +92,7 @@ def load_adapter(path, model: nn.Module, name: str, dropout: float = 0.0) -> dic
     add_adapter(model, name, int(metadata["rank"]), float(metadata["alpha"]), dropout)
     for key, parameter in adapter_parameters(model, name).items():
         if key not in tensors or tensors[key].shape != parameter.shape:
-            raise UserError(f"{path}: {key} is {'misshapen' if key in tensors else 'missing'}; is this adapter of another model?")
+            state = "misshapen" if key in tensors else "missing"
+            raise UserError(f"{path}: {key} is {state}; is this the adapter of another model?")
         parameter.data.copy_(tensors.pop(key))
     return tensors

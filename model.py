@@ -71,7 +71,8 @@ class Attention(nn.Module):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.layer, self.head_dim = layer, config.head_dim
-        width, q, kv = config.hidden_size, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        width, q = config.hidden_size, config.num_attention_heads * config.head_dim
+        kv = config.num_key_value_heads * config.head_dim
         qkv_bias = config.model_type == "qwen2"
         self.q_proj = LoRALinear(width, q, bias=qkv_bias)
         self.k_proj = LoRALinear(width, kv, bias=qkv_bias)
@@ -144,11 +145,11 @@ class Model(nn.Module):
         return self.norm(x)
 
     @torch.no_grad()
-    def initialize(self, generator: torch.Generator) -> "Model":
-        """Random weights for training from scratch: matrices N(0, 0.02), biases 0, norms 1."""
+    def initialize(self, generator: torch.Generator, std: float = 0.02) -> "Model":
+        """Random weights for training from scratch: matrices N(0, std^2), biases 0, norms 1."""
         for name, p in self.named_parameters():
             if p.ndim == 2:
-                p.normal_(0, 0.02, generator=generator)
+                p.normal_(0, std, generator=generator)
             elif name.endswith("bias"):
                 p.zero_()
         return self

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 import torch
 
 from attention import KVCache
-from data import pack
 import latents
 from load_hf_weights import base_dtype, load_model
 from masks import PROMPT, Labels
@@ -21,6 +20,7 @@ from runs import UserError, at_least, parser, run_main, start
 from tokenizer import Tokenizer
 
 SHOWN = 10  # tokens of a full-vocabulary latent that are kept in a result
+BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass
@@ -125,21 +125,22 @@ class Sampler:
         self.num_latents[rows] = self.num_tokens[rows] = 0
         for row, i in fresh.items():
             generator = torch.Generator().manual_seed(hash((s.seed, self.numbers[i])))
-            self.uniform[row] = torch.rand(s.max_new_tokens, generator=generator).to(self.device)
+            self.uniform[row] = torch.rand(s.max_new_tokens, generator=generator)
             if self.random_ids is not None:
                 shape = self.random_ids.shape[1:]
-                self.random_ids[row] = torch.randint(self.model.config.vocab_size, shape, generator=generator).to(self.device)
+                self.random_ids[row] = torch.randint(self.model.config.vocab_size, shape, generator=generator)
 
     def _advance(self, hidden: torch.Tensor) -> torch.Tensor:
         """What every row reads next, [B, hidden_size], given the hidden states [B, hidden_size] of what it read last."""
         s, E = self.settings, self.model.embed_tokens.weight
         logits = (hidden @ self.model.head.T).float()
         self.thinking &= (logits.argmax(-1) != self.end_think[0]) & (self.num_latents < s.max_latents)
-        thinking, closing = self.active & self.thinking, self.active & ~self.thinking & (self.closed < len(self.end_think))
+        thinking = self.active & self.thinking
+        closing = self.active & ~self.thinking & (self.closed < len(self.end_think))
         answering = self.active & ~thinking & ~closing
 
-        sampled = pick(logits, self.uniform.gather(1, self.num_tokens.clamp(max=s.max_new_tokens - 1)[:, None])[:, 0],
-                       s.temperature, s.top_p)
+        uniform = self.uniform.gather(1, self.num_tokens.clamp(max=s.max_new_tokens - 1)[:, None])[:, 0]
+        sampled = pick(logits, uniform, s.temperature, s.top_p)
         token = torch.where(closing, self.end_think[self.closed.clamp(max=len(self.end_think) - 1)], sampled)
         inputs_embeds = E[token]
         if thinking.any():
@@ -163,7 +164,8 @@ class Sampler:
     def _result(self, row: int) -> Result:
         n, tokens = int(self.num_latents[row]), self.tokens[row, :int(self.num_tokens[row])].tolist()
         finished = tokens[-1] == self.end_of_turn
-        return Result(self.probs[row, :n].cpu().clone(), self.ids[row, :n].cpu().clone(), tokens[:-1] if finished else tokens, finished)
+        probs, ids = (x[row, :n].cpu().clone() for x in (self.probs, self.ids))
+        return Result(probs, ids, tokens[:-1] if finished else tokens, finished)
 
 
 def generate(model: Model, tokenizer: Tokenizer, problems: list[str], settings: Sampling, batch_size: int = 64,
@@ -186,15 +188,15 @@ def add_sampling_arguments(p) -> None:
 def sampling(args, reasons: dict) -> Sampling:
     """The settings of a command line, completed by what the model says of itself."""
     top_k = reasons["top_k"] if args.top_k is None else args.top_k
-    return Sampling(args.thinking or reasons["thinking"], top_k, args.max_latents, args.max_new_tokens, args.temperature,
-                    args.top_p, seed=args.seed)
+    return Sampling(args.thinking or reasons["thinking"], top_k, args.max_latents, args.max_new_tokens,
+                    args.temperature, args.top_p, seed=args.seed)
 
 
 def show(result: Result, tokenizer: Tokenizer) -> None:
     """Prints each latent's likeliest tokens with bars for their weights, then the answer."""
     for n, (probs, ids) in enumerate(zip(result.probs.tolist(), result.ids.tolist()), 1):
         top = sorted(zip(probs, ids), reverse=True)[:5]
-        print(f"{n:4d}  " + "  ".join(f"{tokenizer.decode([i])!r} {'▁▂▃▄▅▆▇█'[min(7, int(8 * p))]}{p:.2f}" for p, i in top))
+        print(f"{n:4d}  " + "  ".join(f"{tokenizer.decode([i])!r} {BARS[min(7, int(8 * p))]}{p:.2f}" for p, i in top))
     print(tokenizer.decode(result.tokens) + ("" if result.finished else " [budget used up]"))
 
 

@@ -27,7 +27,7 @@ _DIGITS_GPT2 = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?
 _SPLITS = {("bytelevel",): _GPT2, ("digits", "bytelevel"): _DIGITS_GPT2, (_LLAMA3,): _LLAMA3, (_QWEN,): _QWEN}
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The printable character that byte-level BPE files write for each byte (the GPT-2 convention), inverted."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [b for b in range(256) if b not in printable]
@@ -70,11 +70,12 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         spec = read_json(path)
         model, added, normalizer = spec.get("model", {}), spec.get("added_tokens", []), spec.get("normalizer")
-        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or model.get("dropout") or model.get("unk_token") \
-                or model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
+        unusual = ("byte_fallback", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+        if model.get("type", "BPE") != "BPE" or any(model.get(key) for key in unusual):
             raise UserError(f"{path}: only plain byte-level BPE is supported, not {model.get('type')} with its settings")
         if normalizer not in (None, {"type": "NFC"}, {"type": "Sequence", "normalizers": []}):
-            raise UserError(f"{path}: the normalizer {json.dumps(normalizer)[:200]} is not one this program reproduces exactly")
+            raise UserError(f"{path}: the normalizer {json.dumps(normalizer)[:200]} is not one this program reproduces "
+                            "exactly")
         if any(t.get("lstrip") or t.get("rstrip") or t.get("single_word") for t in added if not t["special"]):
             raise UserError(f"{path}: added tokens that strip spaces or match whole words only are not supported")
         self.normalize = (lambda s: unicodedata.normalize("NFC", s)) if normalizer == {"type": "NFC"} else (lambda s: s)
@@ -164,7 +165,7 @@ def _mergeable_ranks(model: dict, where: str) -> dict[bytes, int]:
     That is what `tokenizers` does if and only if ids grow in the order of the merges, which is checked here. A merge rule
     whose product could also be made from two other tokens is no danger: byte-pair training reaches each token one way.
     """
-    alphabet, vocab = _byte_alphabet(), model["vocab"]
+    alphabet, vocab = byte_alphabet(), model["vocab"]
     merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in model["merges"]]
     products = [a + b for a, b in merges]
     ids = [vocab.get(t, -1) for t in products]

@@ -90,7 +90,8 @@ class Phase1(Task):
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out: Path):
-        lora.save_adapter(out / "encoder.safetensors", self.model, "encoder", {"latent_query": self.encoder.latent_query})
+        query = {"latent_query": self.encoder.latent_query}
+        lora.save_adapter(out / "encoder.safetensors", self.model, "encoder", query)
         lora.save_adapter(out / "decoder.safetensors", self.model, "decoder")
 
 
@@ -102,7 +103,7 @@ def load_encoder(run: str | Path, model: Model, dropout: float = 0.0) -> Encoder
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--step", choices=LEARNS, required=True, help="which adapters learn: the encoder's, the decoder's, or both")
+    p.add_argument("--step", choices=LEARNS, required=True, help="whose adapter learns: the encoder's, the decoder's, both")
     p.add_argument("--model", help="the CoT-SFT model, a run or a checkpoint directory; default: that of --init")
     p.add_argument("--init", help="the phase 1 run whose adapters this step starts from; step encoder may do without")
     p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --init, or 2")
@@ -122,7 +123,8 @@ def main():
         if given is None:
             setattr(args, key, before.get(key, default))
         elif before and given != before[key]:
-            raise UserError(f"{args.init}: was trained with {key} {before[key]}, not {given}; leave --{key.replace('_', '-')} out")
+            raise UserError(f"{args.init}: was trained with {key} {before[key]}, not {given}; "
+                            f"leave --{key.replace('_', '-')} out")
     args.model = str(Path(args.model).resolve())  # later commands find it from anywhere
 
     rank, world, device = start(args.device)

@@ -44,8 +44,8 @@ class LatentRow:
 
     def to(self, device, non_blocking=False):
         ids = None if self.ids is None else self.ids.to(device, non_blocking=non_blocking)
-        return LatentRow(self.row.to(device, non_blocking), self.probs.to(device, non_blocking=non_blocking), ids,
-                         self.weights.to(device, non_blocking=non_blocking))
+        probs, weights = (x.to(device, non_blocking=non_blocking) for x in (self.probs, self.weights))
+        return LatentRow(self.row.to(device, non_blocking), probs, ids, weights)
 
 
 class Phase2(Task):
@@ -63,8 +63,9 @@ class Phase2(Task):
     def row(self, examples):
         self.end_think = examples[0].end_think[0]
         weights = [torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples]
-        return LatentRow(pack_row("latent", examples, self.r), torch.cat([e.probs for e in examples]).float(),
-                         None if examples[0].ids is None else torch.cat([e.ids for e in examples]).long(), torch.cat(weights))
+        probs = torch.cat([e.probs for e in examples]).float()
+        ids = None if examples[0].ids is None else torch.cat([e.ids for e in examples]).long()
+        return LatentRow(pack_row("latent", examples, self.r), probs, ids, torch.cat(weights))
 
     def forward(self, batch):
         row, probs, ids, E = batch.row, batch.probs, batch.ids, self.model.embed_tokens.weight

@@ -3,7 +3,8 @@
     python train_sft.py --model DIR --data train.jsonl --out runs/cot
     python train_sft.py --model DIR --data train.jsonl --out runs/answer-only --no-chain
 
-The loss is the mean cross-entropy over the chain, </think> and the answer; with --no-chain the layout is Q <think> </think> A.
+The loss is the mean cross-entropy over the chain, </think> and the answer; with --no-chain the layout is
+Q <think> </think> A.
 """
 
 from pathlib import Path

@@ -71,9 +71,11 @@ def fitting(examples: list, length, row_tokens: int, rank: int, where: str) -> l
     """The examples no longer than a row; says how many were skipped. Raises UserError when none is left."""
     kept = [e for e in examples if length(e) <= row_tokens]
     if rank == 0 and len(kept) < len(examples):
-        print(f"{where}: skipped {len(examples) - len(kept)} of {len(examples)} examples, longer than --row-tokens {row_tokens}")
+        print(f"{where}: skipped {len(examples) - len(kept)} of {len(examples)} examples, "
+              f"longer than --row-tokens {row_tokens}")
     if not kept:
-        raise UserError(f"{where}: no example fits into --row-tokens {row_tokens}; the shortest needs {min(map(length, examples))}")
+        raise UserError(f"{where}: no example fits into --row-tokens {row_tokens}; "
+                        f"the shortest needs {min(map(length, examples))}")
     return kept
 
 
@@ -91,7 +93,9 @@ def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
     warm = max(1, round(warmup * steps))
-    return peak * ((step + 1) / warm if step < warm else 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (steps - warm + 1))))
+    if step < warm:
+        return peak * (step + 1) / warm
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (steps - warm + 1)))
 
 
 def _save_state(path: Path, step: int, learned: dict, optimizer) -> None:
@@ -113,7 +117,7 @@ def _load_state(path: Path, learned: dict, optimizer) -> int:
 
 def _reduced(values: dict[str, float], device) -> dict[str, float]:
     """Sums over all ranks."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64 if device.type == "cpu" else torch.float32, device=device)
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
@@ -161,9 +165,9 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     if rank == 0:
         _truncate_metrics(out / "metrics.jsonl", first)
-        print(f"{args.command}: {sum(p.numel() for p in learned.values()):,} of {sum(p.numel() for p in task.parameters()):,} "
-              f"parameters learn from {len(examples)} examples, {steps} steps of {args.batch_size} on {world} x {device}"
-              + (f", going on at step {first}" if first else ""))
+        learning, total = (sum(p.numel() for p in ps) for ps in (learned.values(), task.parameters()))
+        print(f"{args.command}: {learning:,} of {total:,} parameters learn from {len(examples)} examples, {steps} steps of "
+              f"{args.batch_size} on {world} x {device}" + (f", going on at step {first}" if first else ""))
 
     def save(step):
         if rank == 0:
@@ -202,7 +206,8 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             means = {k: v / counts[k] for k, v in totals.items()}
             loss = sum(task.weights[k] * v for k, v in means.items())
             tokens = sum(task.length(e) for e in batch)
-            record(step=step + 1, loss=loss, **means, lr=lr, grad_norm=float(norm), tokens_per_s=round(tokens / (time.time() - tick)))
+            record(step=step + 1, loss=loss, **means, lr=lr, grad_norm=float(norm),
+                   tokens_per_s=round(tokens / (time.time() - tick)))
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             if valid and ((step + 1) % valid_every == 0 or step + 1 == steps):
@@ -217,10 +222,11 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
                 raise KeyboardInterrupt
     if rank == 0:
         metrics.close()
-        write_json(out / "finished.json", {"steps": steps, "loss": loss, "valid": last_valid, "seconds": time.time() - begin})
+        seconds = time.time() - begin
+        write_json(out / "finished.json", {"steps": steps, "loss": loss, "valid": last_valid, "seconds": seconds})
         (out / "resume.safetensors").unlink(missing_ok=True)
         print(f"{out}: loss {loss:.4f}" + (f", validation {last_valid['loss']:.4f}" if last_valid else "")
-              + f" after {steps} steps, {time.time() - begin:.0f} s")
+              + f" after {steps} steps, {seconds:.0f} s")
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

@@ -24,7 +24,7 @@ def pair(checkpoint):
     model = load_checkpoint(checkpoint("qwen2", True))
     theirs = hf_model("qwen2", True)
     for i, (name, rank) in enumerate((("encoder", 4), ("decoder", 3))):
-        config = peft.LoraConfig(r=rank, lora_alpha=5, target_modules=list(lora.TARGETS), task_type="CAUSAL_LM")
+        config = peft.LoraConfig(r=rank, lora_alpha=5, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"], task_type="CAUSAL_LM")
         theirs = peft.get_peft_model(theirs, config, name) if i == 0 else (theirs.add_adapter(name, config), theirs)[1]
         lora.add_adapter(model, name, rank, alpha=5)
         torch.manual_seed(i)

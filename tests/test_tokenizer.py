@@ -10,7 +10,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from runs import UserError
-from tokenizer import INSTRUCTION, Tokenizer, _LLAMA3, _QWEN, _byte_alphabet
+from tokenizer import INSTRUCTION, Tokenizer, _LLAMA3, _QWEN, byte_alphabet
 
 SPECIAL = {"smollm2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "gpt2": ["<|endoftext|>"],
            "llama3": ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|begin_of_text|>"],
@@ -34,7 +34,7 @@ def make(kind: str, directory: Path) -> tokenizers.Tokenizer:
     t.decoder = decoders.ByteLevel()
     # SmolLM2's vocabulary lacks these bytes, and its special tokens come first
     lacks = b"\x04\x06\x13\x14\x16\x1d\xc0\xc1\xf1\xf2" + bytes(range(0xf5, 0x100)) if kind == "smollm2" else b""
-    alphabet = [c for c, b in _byte_alphabet().items() if b not in lacks]
+    alphabet = [c for c, b in byte_alphabet().items() if b not in lacks]
     t.train_from_iterator(CORPUS, trainers.BpeTrainer(vocab_size=500, special_tokens=SPECIAL[kind] if kind == "smollm2" else [],
                                                       initial_alphabet=alphabet, show_progress=False))
     t.add_special_tokens(SPECIAL[kind])

@@ -17,7 +17,6 @@ import lora
 import oracle
 import train_phase1
 from train_phase1 import Encoder, Phase1
-import train_phase2
 from train_phase2 import LatentExample, Phase2
 import train_sft
 import trainer

@@ -61,9 +61,11 @@ def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
     for path in sorted(directory.glob("shard-*.safetensors")):
         tensors, _ = read_tensors(path)
         sizes = tensors["offsets"].diff().tolist()
-        cached += zip(tensors["probs"].split(sizes), tensors["ids"].split(sizes) if "ids" in tensors else [None] * len(sizes))
+        ids = tensors["ids"].split(sizes) if "ids" in tensors else [None] * len(sizes)
+        cached += zip(tensors["probs"].split(sizes), ids)
     if len(cached) != found["count"]:
-        raise UserError(f"{directory}: {len(cached)} examples in the shards instead of {found['count']}; make the cache again")
+        raise UserError(f"{directory}: {len(cached)} examples in the shards instead of {found['count']}; "
+                        "make the cache again")
     return cached
 
 

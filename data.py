@@ -36,7 +36,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
                         raise UserError(f"{path}, line {number}: not a JSON object; write one {{...}} per line")
                     rows.append(row | {"_line": number})
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}, line {number}: broken JSON ({e.msg} at column {e.colno}); mend or delete the line") from None
+        raise UserError(f"{path}, line {number}: broken JSON ({e.msg}, column {e.colno}); mend or delete it") from None
     except (UnicodeDecodeError, OSError, EOFError) as e:
         raise UserError(f"{path}: cannot be read as UTF-8 text{' in gzip' if path.suffix == '.gz' else ''} ({e})") from None
     if not rows:

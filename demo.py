@@ -31,8 +31,8 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_s
           "max_position_embeddings": 512, "dtype": "float32"}
 SFT = "--lr 3e-3 --max-steps 200 --batch-size 128"
 PHASE1 = "--lora-rank 16 --lora-dropout 0 --batch-size 64"  # and steps and learning rates of its three steps:
-ENCODER, DECODER, JOINT = "--lr 5e-3 --max-steps 80", "--lr 6e-3 --max-steps 120", "--lr 6e-3 --max-steps 300"
-PHASE2 = "--lora-rank 16 --lora-dropout 0 --batch-size 128 --lr 5e-3 --max-steps 800"
+ENCODER, DECODER, JOINT = "--lr 5e-3 --max-steps 120", "--lr 5e-3 --max-steps 120", "--lr 4e-3 --max-steps 500"
+PHASE2 = "--lora-rank 16 --lora-dropout 0 --batch-size 128 --lr 5e-3 --max-steps 1000"
 EVAL = "--temperature 0 --max-latents 20 --max-new-tokens 40 --batch-size 250"
 
 
@@ -103,7 +103,8 @@ def main():
     def evaluate(name: str, run: Path, settings: str = "") -> dict:
         where = out / "eval" / name
         if not (where / "test.json").exists():
-            call(f"{name}: 500 unseen problems", "eval.py", f"{EVAL} {settings}", model=run, data=out / "test.jsonl", out=where)
+            call(f"{name}: 500 unseen problems", "eval.py", f"{EVAL} {settings}", model=run, data=out / "test.jsonl",
+                 out=where)
         return read_json(where / "test.json")
 
     base, cot, answer_only = out / "base", out / "cot", out / "answer-only"
@@ -112,7 +113,8 @@ def main():
     call("answer-only: the same without chains", "train_sft.py", f"{SFT} --no-chain", model=base, out=answer_only, **data)
     rows = {"answer-only": evaluate("answer-only", answer_only), "CoT-SFT": evaluate("CoT-SFT", cot)}
     for r in args.rates:
-        encoder, decoder, joint, cache, latent = (out / f"r{r}-{x}" for x in ("encoder", "decoder", "joint", "cache", "latent"))
+        encoder, decoder, joint, cache, latent = (
+            out / f"r{r}-{stage}" for stage in ("encoder", "decoder", "joint", "cache", "latent"))
         phase1 = lambda step, settings, **paths: call(f"r = {r}, phase 1: {step}", "train_phase1.py",
                                                       f"--step {step} {PHASE1} {settings}", **paths, **data)
         phase1("encoder", f"{ENCODER} --compression {r}", model=cot, out=encoder)
@@ -131,7 +133,8 @@ def main():
 
 def table_of(rows: dict[str, dict]) -> str:
     """A Markdown table of evaluation summaries."""
-    lines = ["| | accuracy (95% interval) | chain length | of CoT's | seconds per problem |", "| --- | --- | --- | --- | --- |"]
+    lines = ["| | accuracy (95% interval) | chain length | of CoT's | seconds per problem |",
+             "| --- | --- | --- | --- | --- |"]
     for name, s in rows.items():
         share = s["chain_length"] / rows["CoT-SFT"]["chain_length"]
         lines.append(f"| {name} | {s['accuracy']:.1f}% ± {s['interval']:.1f} | {s['chain_length']:.1f} | {share:.2f} "
@@ -142,9 +145,9 @@ def table_of(rows: dict[str, dict]) -> str:
 def draw(out: Path, r: int) -> None:
     """masks.svg of a short example, and latents.svg of a short test problem that the latent model got right (if any)."""
     tokenizer = Tokenizer(out / "base")
-    texts = {"prompt": ["4", "a", "b", "d", "=", THINK], "chain": list("a3b9d1"), "end": [END_THINK], "answer": ["1"]}
-    ids = {k: [tokenizer.added[t] if t in tokenizer.added else tokenizer.encode(t)[0] for t in v] for k, v in texts.items()}
-    draw_masks(out / "masks.svg", Example(*ids.values()), sum(texts.values(), []), r)
+    texts = [["4", "a", "b", "d", "=", THINK], list("a3b9d1"), [END_THINK], ["1"]]
+    ids = [[tokenizer.added.get(t) or tokenizer.encode(t)[0] for t in part] for part in texts]
+    draw_masks(out / "masks.svg", Example(*ids), sum(texts, []), r)
     tests = read_jsonl(out / "test.jsonl")
     predictions = read_jsonl(out / "eval" / f"latent-r{r}" / "test.predictions.jsonl")
     problem, prediction = min(zip(tests, predictions), key=lambda x: (not x[1]["correct"], len(x[0]["cot"])))

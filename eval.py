@@ -61,7 +61,7 @@ def summarize(predictions: list[dict], seconds: float) -> dict:
 
 
 def run(model, tokenizer, problems, numbers, settings: Sampling, batch_size: int, desc: str, quiet: bool):
-    """Predictions for `problems`, whose random numbers go by `numbers`, and the seconds that sampling took (grading is not counted)."""
+    """Predictions for `problems`, whose random numbers go by `numbers`, and the seconds of sampling (without grading)."""
     begin = time.time()
     with tqdm(total=len(problems), desc=desc, disable=quiet, mininterval=1, dynamic_ncols=True) as bar:
         results = generate(model, tokenizer, [p for p, _ in problems], settings, batch_size, numbers,

@@ -60,7 +60,7 @@ def draw_masks(path: str | Path, example: Example, tokens: list[str], r: int) ->
 def draw_latents(path: str | Path, problem: str, chain: list[str], prediction: dict) -> None:
     """What a model thought about `problem`: each latent's top tokens with their weights as bars, beside the segment of the
     written chain (`chain`, cut at the compression rate) that it stands for, and the answer. `prediction` is eval.py's."""
-    latents, line, bar = prediction["latents"], 26, 86
+    latents, line, bar = prediction["latents"], 32, 100
     columns = max(map(len, latents), default=1)
     parts = [_text(16, 26, problem, font_weight="bold"), _text(16, 56, "chain", fill="#888"),
              _text(110, 56, "latent: its likeliest tokens", fill="#888")]
@@ -71,8 +71,8 @@ def draw_latents(path: str | Path, problem: str, chain: list[str], prediction: d
             parts.append(_text(84, y, str(n + 1), fill="#888", text_anchor="end"))
             for c, (token, p) in enumerate(latents[n]):
                 x = 110 + (bar + 24) * c
-                parts.append(_rect(x, y - 15, bar * p, 20, COLORS[LATENT]))
-                parts.append(_text(x + 4, y, token if token.isprintable() else repr(token)[1:-1], fill="#222"))
+                parts.append(_rect(x, y + 4, bar * p, 5, COLORS[LATENT]))
+                parts.append(_text(x, y, token if token.isprintable() else repr(token)[1:-1], fill="#222"))
                 parts.append(_text(x + bar, y, f"{p:.2f}", fill="#888", text_anchor="end"))
     y = 84 + line * max(len(latents), len(chain)) + 8
     verdict = "right" if prediction["correct"] else f"wrong, it is {prediction['reference']}"

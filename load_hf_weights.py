@@ -46,7 +46,8 @@ def read_config(directory: str | Path) -> Config:
     try:
         return Config(
             model_type=kind, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
-            intermediate_size=c["intermediate_size"], num_hidden_layers=c["num_hidden_layers"], num_attention_heads=c["num_attention_heads"],
+            intermediate_size=c["intermediate_size"], num_hidden_layers=c["num_hidden_layers"],
+            num_attention_heads=c["num_attention_heads"],
             num_key_value_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
             head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], rms_norm_eps=c["rms_norm_eps"],
             rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),

@@ -149,14 +149,16 @@ class Tokenizer:
 
 # How each family is recognised (a token it has) and its prompt; special tokens stand alone, the rest is ordinary text.
 _FAMILIES = {
-    "deepseek": ("<｜Assistant｜>", ["<｜begin▁of▁sentence｜>", "<｜User｜>", "{instruction}\n{problem}", "<｜Assistant｜>"]),
+    "deepseek": ("<｜Assistant｜>", ["<｜begin▁of▁sentence｜>", "<｜User｜>", "{instruction}\n{problem}",
+                                   "<｜Assistant｜>"]),
     "llama3": ("<|start_header_id|>", ["<|start_header_id|>", "user", "<|end_header_id|>", "\n\n{instruction}\n{problem}",
                                        "<|eot_id|>", "<|start_header_id|>", "assistant", "<|end_header_id|>", "\n\n"]),
     "chatml": ("<|im_start|>", ["<|im_start|>", "system\n{instruction}", "<|im_end|>", "\n", "<|im_start|>",
                                 "user\n{problem}", "<|im_end|>", "\n", "<|im_start|>", "assistant\n"]),
     "plain": ("<|endoftext|>", ["{problem}"]),  # no chat tokens: a base model, or the demo's
 }
-_END_OF_TURN = {"deepseek": "<｜end▁of▁sentence｜>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>", "plain": "<|endoftext|>"}
+_END_OF_TURN = {"deepseek": "<｜end▁of▁sentence｜>", "llama3": "<|eot_id|>", "chatml": "<|im_end|>",
+                "plain": "<|endoftext|>"}
 
 
 def _mergeable_ranks(model: dict, where: str) -> dict[bytes, int]:

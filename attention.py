@@ -1,7 +1,7 @@
 """The attention functions that are handed to the model: packed rows under a mask rule, and a KV cache.
 
-Both run on PyTorch's scaled_dot_product_attention. A packed row is first dealt out into a [documents, longest] grid, so that
-the work is that of its documents, not of the square of the row.
+Both run on PyTorch's scaled_dot_product_attention. The documents of a packed row are first laid side by side, those of
+similar length together, so that the work is that of the documents and not of the square of the row.
 """
 
 import torch
@@ -18,15 +18,24 @@ class PackedAttention:
         document = labels.document
         starts = torch.cat([document.new_ones(1, dtype=torch.bool), document[1:] != document[:-1]]).nonzero().squeeze(1)
         lengths = torch.diff(starts, append=starts.new_tensor([len(document)]))
-        offset = torch.arange(int(lengths.max()), device=document.device)
-        self.valid = offset < lengths[:, None]  # [documents, longest]
-        # beyond its end a document's last token is repeated as a query, and nobody sees it as a key
-        self.grid = starts[:, None] + torch.minimum(offset, lengths[:, None] - 1)
-        self.mask = (rule(labels, self.grid[:, :, None], self.grid[:, None, :]) & self.valid[:, None, :])[:, None]
+        size_class = lengths.float().log2().ceil()  # lengths of one class differ by a factor of two at most
+        self.groups = []
+        for size in size_class.unique():
+            start, length = starts[size_class == size], lengths[size_class == size, None]
+            offset = torch.arange(int(length.max()), device=document.device)
+            valid = offset < length  # [documents, longest]
+            # beyond its end a document's last token is repeated as a query, and nobody sees it as a key
+            grid = start[:, None] + torch.minimum(offset, length - 1)
+            mask = rule(labels, grid[:, :, None], grid[:, None, :]) & valid[:, None, :]
+            self.groups.append((grid, valid, mask[:, None]))
+        self.order = torch.cat([grid[valid] for grid, valid, _ in self.groups]).argsort()
 
     def __call__(self, layer, q, k, v):
-        q, k, v = (x[self.grid].transpose(1, 2) for x in (q, k, v))  # [documents, heads, longest, head_dim]
-        return _attention(q, k, v, self.mask).transpose(1, 2)[self.valid]
+        parts = []
+        for grid, valid, mask in self.groups:
+            part = _attention(*(x[grid].transpose(1, 2) for x in (q, k, v)), mask)  # [documents, heads, longest, head_dim]
+            parts.append(part.transpose(1, 2)[valid])
+        return torch.cat(parts)[self.order]
 
 
 def _attention(q, k, v, mask):

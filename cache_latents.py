@@ -14,11 +14,11 @@ from tqdm import tqdm
 
 from data import Example, load_examples, num_latents, num_tokens, pack, pack_row
 from load_hf_weights import base_dtype, fingerprint, load_model, resolve
-from runs import (UserError, at_least, file_hash, from_rank0, parser, read_json, read_tensors, run_main, start, write_json,
-                  write_tensors)
+from runs import (UserError, at_least, file_hash, finished_run, from_rank0, parser, read_json, read_tensors, run_main,
+                  start, write_json, write_tensors)
 from train_phase1 import Encoder, load_encoder
 
-SHARD = 4096  # examples
+SHARD = 1024  # examples
 
 
 def identity(phase1: str | Path, data: str | Path, count: int, compression: int, top_k: int) -> dict:
@@ -44,6 +44,13 @@ def encode(encoder: Encoder, examples: list[Example], r: int, k: int, row_tokens
     return cached
 
 
+def _compare(directory: Path, found: dict, expected: dict, advice: str) -> None:
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise UserError(f"{directory}: this cache does not fit: {key} is {found.get(key)} in the cache and {value} "
+                            f"here; {advice}")
+
+
 def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
     """The latents of every example, in the data file's order, as `encode` gives them.
 
@@ -53,10 +60,7 @@ def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
     if not (directory / "cache.json").exists():
         raise UserError(f"{directory}: no latent cache here (no cache.json); make or finish one with cache_latents.py")
     found = read_json(directory / "cache.json")
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise UserError(f"{directory}: this cache does not fit: {key} is {found.get(key)} in the cache and {value} "
-                            "here; make the cache again from this phase 1 run and this data")
+    _compare(directory, found, expected, "make the cache again from this phase 1 run and this data")
     cached = []
     for path in sorted(directory.glob("shard-*.safetensors")):
         tensors, _ = read_tensors(path)
@@ -70,32 +74,35 @@ def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
 
 
 def main():
-    p = parser(__doc__)
+    p = parser(__doc__, seed=False)
     p.add_argument("--phase1", required=True, help="the phase 1 run whose encoder makes the latents")
     p.add_argument("--data", required=True, help="the training file of phase 2")
     p.add_argument("--out", required=True, help="directory of the cache; a stopped run goes on")
     p.add_argument("--row-tokens", type=at_least(1), default=8192, help="tokens of a packed row")
     args = p.parse_args()
     rank, world, device = start(args.device)
-    config = read_json(Path(args.phase1) / "config.json")
-    if config.get("command") != "train_phase1":
-        raise UserError(f"{args.phase1}: is no phase 1 run")
+    config = finished_run(args.phase1, "train_phase1")
     r, k, out = config["compression"], config["top_k"], Path(args.out)
     model, tokenizer, _ = load_model(config["model"], device, base_dtype(device))
     encoder = load_encoder(args.phase1, model).to(device).eval()
     examples = load_examples(args.data, tokenizer)
     made_from = identity(args.phase1, args.data, len(examples), r, k)
 
-    def check():
-        note = out / "making.json"  # what a cache in the making is made from
-        if note.exists() and read_json(note) != made_from or not note.exists() and out.exists() and any(out.iterdir()):
-            raise UserError(f"{out}: holds another cache or other files; choose another --out")
-        write_json(note, made_from)
-    if (out / "cache.json").exists():
-        read_cache(out, made_from)
-        print(f"{out}: is finished already")
+    def begin() -> bool:
+        """Checks that `out` is free or holds this very cache; True if that is finished."""
+        finished, note = out / "cache.json", out / "making.json"  # the note says what a cache in the making is made from
+        for found in (finished, note):
+            if found.exists():
+                _compare(out, read_json(found), made_from, "choose another --out")
+        if not finished.exists() and not note.exists():
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise UserError(f"{out}: is there already and is no latent cache; choose another --out")
+            write_json(note, made_from)
+        return finished.exists()
+    if from_rank0(begin):
+        if rank == 0:
+            print(f"{out}: is finished already")
         return
-    from_rank0(check)
     if rank == 0:
         print(f"cache_latents: {len(examples)} examples, r = {r}, top-k = {k or 'all'}, on {world} x {device}")
     shards = range(0, len(examples), SHARD)

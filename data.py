@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass, fields
 import gzip
+import heapq
 import json
 from pathlib import Path
+import zlib
 
 import numpy as np
 import torch
@@ -26,7 +28,7 @@ def read_jsonl(path: str | Path) -> list[dict]:
     """The objects of a .jsonl or .jsonl.gz file; blank lines are skipped. Raises UserError with file and line."""
     path, rows = Path(path), []
     if not path.is_file():
-        raise UserError(f"{path}: no such file; name a .jsonl or .jsonl.gz file")
+        raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'}; name a .jsonl or .jsonl.gz file")
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
             for number, line in enumerate(f, 1):
@@ -37,8 +39,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
                     rows.append(row | {"_line": number})
     except json.JSONDecodeError as e:
         raise UserError(f"{path}, line {number}: broken JSON ({e.msg}, column {e.colno}); mend or delete it") from None
-    except (UnicodeDecodeError, OSError, EOFError) as e:
-        raise UserError(f"{path}: cannot be read as UTF-8 text{' in gzip' if path.suffix == '.gz' else ''} ({e})") from None
+    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as e:
+        raise UserError(f"{path}: cannot be read ({e}); fetch or make it again") from None
     if not rows:
         raise UserError(f"{path}: the file is empty; it needs at least one line")
     return rows
@@ -152,11 +154,11 @@ def pack(lengths: list[int], budget: int, parts: int = 1) -> list[list[int]]:
     needed = -(-sum(lengths) // budget)
     count = min(-(-needed // parts) * parts, len(lengths))
     while True:
-        rows, loads = [[] for _ in range(count)], [0] * count
+        rows, loads = [[] for _ in range(count)], [(0, row) for row in range(count)]
         for i in order:
-            row = loads.index(min(loads))
+            load, row = loads[0]
             rows[row].append(i)
-            loads[row] += lengths[i]
-        if max(loads) <= budget or count >= len(lengths):
+            heapq.heapreplace(loads, (load + lengths[i], row))
+        if max(loads)[0] <= budget or count == len(lengths):
             return rows
-        count = min(count + parts, len(lengths))
+        count = min(count + max(1, count // 10 // parts) * parts, len(lengths))

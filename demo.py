@@ -21,7 +21,7 @@ from data import Example, read_jsonl
 from figures import draw_latents, draw_masks
 from load_hf_weights import hf_name, read_config
 from model import Model
-from runs import atomic, at_least, parser, read_json, run_main, write_json, write_text
+from runs import atomic, at_least, open_run, parser, read_json, run_main, write_json, write_text
 from tokenizer import END_THINK, THINK, Tokenizer, byte_alphabet
 
 HERE = Path(__file__).parent
@@ -31,7 +31,7 @@ CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_s
           "max_position_embeddings": 512, "dtype": "float32"}
 SFT = "--lr 3e-3 --max-steps 200 --batch-size 128"
 PHASE1 = "--lora-rank 16 --lora-dropout 0 --batch-size 64"  # and steps and learning rates of its three steps:
-ENCODER, DECODER, JOINT = "--lr 5e-3 --max-steps 120", "--lr 5e-3 --max-steps 120", "--lr 4e-3 --max-steps 500"
+ENCODER, DECODER, JOINT = "--lr 1e-3 --max-steps 30", "--lr 5e-3 --max-steps 120", "--lr 4e-3 --max-steps 300"
 PHASE2 = "--lora-rank 16 --lora-dropout 0 --batch-size 128 --lr 5e-3 --max-steps 1000"
 EVAL = "--temperature 0 --max-latents 20 --max-new-tokens 40 --batch-size 250"
 
@@ -84,19 +84,25 @@ def write_model(directory: Path, seed: int) -> None:
 
 def main():
     p = parser(__doc__)
+    p.set_defaults(device="cpu")  # the model is small, and its settings were chosen for float32
     p.add_argument("--out", default="demo", help="directory of everything that is made")
     p.add_argument("--rates", type=at_least(1), nargs="+", default=[2], help="compression rates to train")
     args = p.parse_args()
     out, begin = Path(args.out), time.time()
+    open_run(out, {"command": "demo", "seed": args.seed})
     if not (out / "base" / "model.safetensors").exists():
         write_task(out, args.seed)
         write_model(out / "base", args.seed)
-    common = ["--seed", str(args.seed)] + (["--device", args.device] if args.device else [])
+    device, seed = ["--device", args.device], f"--seed {args.seed}"
 
     def call(what: str, script: str, settings: str, **paths):
         print(f"\n[{time.time() - begin:4.0f} s] {what}", flush=True)
         flags = [x for key, value in paths.items() for x in (f"--{key}", str(value))]
-        code = subprocess.run([sys.executable, HERE / script, *flags, *settings.split(), *common]).returncode
+        process = subprocess.Popen([sys.executable, HERE / script, *flags, *settings.split(), *device])
+        try:
+            code = process.wait()
+        except KeyboardInterrupt:  # the script has it too, and saves what it has
+            code = process.wait() or 130
         if code:
             sys.exit(code)
 
@@ -109,19 +115,20 @@ def main():
 
     base, cot, answer_only = out / "base", out / "cot", out / "answer-only"
     data = {"data": out / "train.jsonl", "valid": out / "valid.jsonl"}
-    call("CoT-SFT: learn to write the chain", "train_sft.py", SFT, model=base, out=cot, **data)
-    call("answer-only: the same without chains", "train_sft.py", f"{SFT} --no-chain", model=base, out=answer_only, **data)
+    call("CoT-SFT: learn to write the chain", "train_sft.py", f"{SFT} {seed}", model=base, out=cot, **data)
+    call("answer-only: the same without chains", "train_sft.py", f"{SFT} {seed} --no-chain", model=base, out=answer_only, **data)
     rows = {"answer-only": evaluate("answer-only", answer_only), "CoT-SFT": evaluate("CoT-SFT", cot)}
     for r in args.rates:
         encoder, decoder, joint, cache, latent = (
             out / f"r{r}-{stage}" for stage in ("encoder", "decoder", "joint", "cache", "latent"))
         phase1 = lambda step, settings, **paths: call(f"r = {r}, phase 1: {step}", "train_phase1.py",
-                                                      f"--step {step} {PHASE1} {settings}", **paths, **data)
+                                                      f"--step {step} {PHASE1} {settings} {seed}", **paths, **data)
         phase1("encoder", f"{ENCODER} --compression {r}", model=cot, out=encoder)
         phase1("decoder", DECODER, init=encoder, out=decoder)
         phase1("joint", JOINT, init=decoder, out=joint)
         call(f"r = {r}: latent cache", "cache_latents.py", "", phase1=joint, data=data["data"], out=cache)
-        call(f"r = {r}, phase 2: learn to think", "train_phase2.py", PHASE2, phase1=joint, cache=cache, out=latent, **data)
+        call(f"r = {r}, phase 2: learn to think", "train_phase2.py", f"{PHASE2} {seed}", phase1=joint, cache=cache,
+             out=latent, **data)
         rows[f"Latent r={r}"] = evaluate(f"latent-r{r}", latent)
         rows[f"Latent r={r}, its latents replaced by random ones"] = evaluate(f"random-r{r}", latent, "--latents random")
 

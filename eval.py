@@ -16,9 +16,9 @@ from tqdm import tqdm
 from data import read_jsonl, text_field
 from grade import Grader, boxed
 from load_hf_weights import base_dtype, load_model
-from runs import UserError, at_least, from_rank0, parser, run_main, start, write_json, write_text
+from runs import UserError, at_least, from_rank0, parser, read_json, run_main, start, write_json, write_text
 from sample import Result, Sampling, add_sampling_arguments, generate, sampling
-from tokenizer import END_THINK, Tokenizer
+from tokenizer import Tokenizer
 
 
 def load_problems(path: str) -> list[tuple[str, str]]:
@@ -34,19 +34,22 @@ def load_problems(path: str) -> list[tuple[str, str]]:
     return problems
 
 
+def split_chain(tokens: list[int], end_think: list[int]) -> tuple[list[int], list[int]]:
+    """What was written before </think>, and after it; without </think> all is chain, and all is searched for an answer."""
+    for i in range(len(tokens) - len(end_think) + 1):
+        if tokens[i:i + len(end_think)] == end_think:
+            return tokens[:i], tokens[i + len(end_think):]
+    return tokens, tokens
+
+
 def prediction(problem: str, gold: str, result: Result, tokenizer: Tokenizer, thinking: str, grader: Grader) -> dict:
     """One readable line: the problem, the chain (written, or the top tokens of its latents), the answer, the verdict."""
-    text, chain, length, tokens = tokenizer.decode(result.tokens), "", len(result.ids), len(result.tokens)
-    if thinking == "text":
-        chain, end, answer = text.partition(END_THINK)
-        length = len(tokenizer.encode(chain))
-        text, tokens = answer, tokens - length
-        if not end:  # never closed: all chain, no answer
-            text, tokens = "", 0
-    latents = [[[tokenizer.decode([i]), round(p, 3)] for p, i in zip(ps[:5], ids[:5])]
-               for ps, ids in zip(result.probs.tolist(), result.ids.tolist())]
-    return {"problem": problem, "chain": chain, "latents": latents, "answer": text, "reference": gold,
-            "correct": grader.grade(gold, text), "chain_length": length, "answer_tokens": tokens,
+    chain, answer = split_chain(result.tokens, tokenizer.end_think) if thinking == "text" else ([], result.tokens)
+    latents = [[[tokenizer.decode([i]), round(p, 3)] for p, i in zip(probs[:5], ids[:5])]
+               for probs, ids in zip(result.probs.tolist(), result.ids.tolist())]
+    text = tokenizer.decode(answer)
+    return {"problem": problem, "chain": tokenizer.decode(chain), "latents": latents, "answer": text, "reference": gold,
+            "correct": grader.grade(gold, text), "chain_length": len(chain) + len(latents), "answer_tokens": len(answer),
             "finished": result.finished}
 
 
@@ -83,16 +86,31 @@ def main():
                    help="random: put random tokens in the place of each latent's own")
     args = p.parse_args()
     rank, world, device = start(args.device)
-    files = {file: load_problems(file) for file in args.data}
+    files = {Path(file).name.removesuffix(".gz").removesuffix(".jsonl"): file for file in args.data}
+    if len(files) < len(args.data):
+        raise UserError("--data: two of the files have the same name, which names their results; evaluate them one by one")
+    problems_of = {name: load_problems(file) for name, file in files.items()}
     model, tokenizer, reasons = load_model(args.model, device, base_dtype(device))
     settings = sampling(args, reasons)
     settings.latents = args.latents
-    made_with = {key: value for key, value in vars(args).items() if key not in ("data", "out", "device")}
+    made_with = {key: value for key, value in vars(args).items() if key not in ("data", "out", "device", "batch_size")}
+    made_with |= {"thinking": settings.thinking, "top_k": settings.top_k}
+
+    def check_out():
+        write_text(Path(args.out) / ".writable", "")  # before the work, not after it
+        (Path(args.out) / ".writable").unlink()
+        for name in files:
+            path = Path(args.out) / f"{name}.json"
+            found = read_json(path) if path.exists() else made_with
+            for key, value in made_with.items():
+                if found.get(key) != value:
+                    raise UserError(f"{path}: is of another evaluation ({key} is {found.get(key)!r} there, {value!r} here); "
+                                    "choose another --out")
+    from_rank0(check_out)
     if rank == 0:
-        print(f"eval: {args.model} on {', '.join(f'{f} ({len(ps)})' for f, ps in files.items())}, "
+        print(f"eval: {args.model} on {', '.join(f'{files[n]} ({len(ps)})' for n, ps in problems_of.items())}, "
               f"thinking {settings.thinking}, on {world} x {device}")
-    for file, problems in files.items():
-        name = Path(file).name.removesuffix(".gz").removesuffix(".jsonl")
+    for name, problems in problems_of.items():
         shard, numbers = problems[rank::world], range(rank, len(problems), world)
         mine, seconds = [], 0.0
         if shard:
@@ -106,7 +124,7 @@ def main():
             predictions[r::world] = part
 
         def write():
-            summary = made_with | {"file": file} | summarize(predictions, max(s for _, s in shares))
+            summary = made_with | {"file": files[name]} | summarize(predictions, max(s for _, s in shares))
             write_text(Path(args.out) / f"{name}.predictions.jsonl",
                        "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in predictions))
             write_json(Path(args.out) / f"{name}.json", summary)

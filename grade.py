@@ -1,7 +1,8 @@
 """Is an answer right? math-verify decides, in a process of its own: a hostile answer costs seconds, not the run."""
 
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 import json
+import re
 import select
 import subprocess
 import sys
@@ -21,10 +22,9 @@ def boxed(text: str) -> str | None:
 
 
 def _number(text: str) -> Decimal | None:
-    try:
-        return Decimal(text.strip().strip("$").replace(",", "")) if len(text) < 100 else None
-    except InvalidOperation:
-        return None
+    """The plain decimal number that `text` is, with or without thousands separators; None for anything else."""
+    plain = re.fullmatch(r"\s*\$?([-+]?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,12})(?:\.\d{0,40})?)\s*", text)
+    return Decimal(plain[1].replace(",", "")) if plain else None
 
 
 class Grader:
@@ -57,7 +57,9 @@ class Grader:
         if self.worker is None:
             pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
             self.worker = subprocess.Popen([sys.executable, __file__], text=True, **pipes)
-            self.worker.stdout.readline()  # "ready": imports do not count against the limit
+            if not self.worker.stdout.readline():  # it says that it is ready: imports do not count against the limit
+                from runs import UserError  # here, so that the worker need not load torch
+                raise UserError("grade.py: math-verify does not start; is it installed? (pip install -r requirements.txt)")
         try:
             print(json.dumps([gold, answer]), file=self.worker.stdin, flush=True)
             if select.select([self.worker.stdout], [], [], self.seconds)[0] and (verdict := self.worker.stdout.readline()):

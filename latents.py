@@ -39,7 +39,7 @@ def induce(hidden_states: torch.Tensor, embedding: torch.Tensor, k: int) -> tupl
         return top_probs(hidden_states @ embedding.T, 0)
     with torch.no_grad():
         ids = torch.cat([(h @ embedding.T).topk(k, dim=-1).indices for h in hidden_states.split(CHUNK)])
-    logits = torch.einsum("nd,nkd->nk", precise(hidden_states), precise(embedding[ids]))
+    logits = (precise(hidden_states)[:, None] * precise(embedding[ids])).sum(-1)  # no matmul: autocast leaves it float32
     return logits.softmax(-1), ids
 
 

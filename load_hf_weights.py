@@ -6,17 +6,19 @@ A *model* is named in every command by a directory: a checkpoint as the hub has 
 stands for the checkpoint it started from with its adapters merged.
 """
 
+from dataclasses import fields
 import json
+import os
 from pathlib import Path
 import shutil
-import os
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 import torch
 
 import lora
 from model import Config, Model, rotary_frequencies
-from runs import UserError, file_hash, parser, read_json, read_tensors, run_main, start, write_json
+from runs import UserError, file_hash, parser, read_json, read_tensors, run_main, write_json
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
@@ -44,7 +46,7 @@ def read_config(directory: str | Path) -> Config:
         if c.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key} = {c[key]!r} is not supported")
     try:
-        return Config(
+        config = Config(
             model_type=kind, vocab_size=c["vocab_size"], hidden_size=c["hidden_size"],
             intermediate_size=c["intermediate_size"], num_hidden_layers=c["num_hidden_layers"],
             num_attention_heads=c["num_attention_heads"],
@@ -52,10 +54,16 @@ def read_config(directory: str | Path) -> Config:
             head_dim=c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"], rms_norm_eps=c["rms_norm_eps"],
             rope_theta=rope.get("rope_theta", c.get("rope_theta", 10000.0)),
             rope_scaling={k: v for k, v in rope.items() if k != "rope_theta"} if rope_type == "llama3" else {},
-            tie_word_embeddings=c.get("tie_word_embeddings", False),
-            max_position_embeddings=c.get("max_position_embeddings", 131072))
+            tie_word_embeddings=c.get("tie_word_embeddings", False))
+        for f in fields(config):
+            if f.type is int and not isinstance(getattr(config, f.name), int):
+                raise TypeError(f"{f.name} is {getattr(config, f.name)!r}")
+        rotary_frequencies(config)  # needs all of its fields
+        return config
     except KeyError as e:
         raise UserError(f"{path}: {e} is missing; is this a whole checkpoint?") from None
+    except (TypeError, ValueError) as e:
+        raise UserError(f"{path}: a value has the wrong type ({e})") from None
 
 
 def hf_name(name: str) -> str:
@@ -67,7 +75,7 @@ def weight_files(directory: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or model.safetensors."""
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
-    names = set(read_json(index)["weight_map"].values()) if index.exists() else {"model.safetensors"}
+    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
     files = [directory / n for n in sorted(names)]
     for f in files:
         if not f.is_file():
@@ -187,19 +195,18 @@ def save_checkpoint(model: Model, source: str | Path, out: str | Path, reasons: 
         if out.exists():
             out.rmdir()
         temporary.rename(out)
-    except Exception as e:
+    except (OSError, SafetensorError) as e:
         raise UserError(f"{out}: cannot be written ({e})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def main():
-    p = parser(__doc__)
+    p = parser(__doc__, seed=False, device=False)
     p.add_argument("--model", required=True, help="checkpoint directory or run to export, adapters merged")
     p.add_argument("--out", required=True, help="new directory, in Hugging Face's layout")
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is written; default: as it was")
     args = p.parse_args()
-    start(args.device or "cpu")
     base, adapters, reasons = resolve(args.model)
     print(f"merging {len(adapters)} adapter(s) into {base}")
     model, _, _ = load_model(args.model)

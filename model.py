@@ -31,7 +31,6 @@ class Config:
     rope_theta: float = 10000.0
     rope_scaling: dict = field(default_factory=dict)  # empty, or the fields of "rope_type": "llama3"
     tie_word_embeddings: bool = False
-    max_position_embeddings: int = 131072
 
 
 # attend(layer, q, k, v): q [T, heads, head_dim], k and v [T, kv_heads, head_dim] -> [T, heads, head_dim]

@@ -1,7 +1,7 @@
 """Run directories and the habits of all commands: settings, atomic files, errors in one sentence, devices and ranks."""
 
 import argparse
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 import hashlib
 import json
 import os
@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 class UserError(Exception):
     """A mistake of the user's, told in one sentence: what is wrong, where, what to do."""
+    shared = False  # whether all ranks raise it, so that rank 0 speaks for all
 
 
 def read_json(path: str | Path) -> dict:
@@ -43,7 +44,8 @@ def atomic(path: str | Path):
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: cannot be written ({e}); the previous version, if any, is untouched") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -91,6 +93,8 @@ def start(device: str | None) -> tuple[int, int, torch.device]:
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if name == "cuda" and local >= torch.cuda.device_count():
+            raise RuntimeError(f"rank {rank} finds {torch.cuda.device_count()} GPUs; start no more ranks than that")
         chosen = torch.device(f"cuda:{local}" if name == "cuda" else name)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as e:
@@ -114,7 +118,9 @@ def from_rank0(function):
             box[1] = str(e)
     dist.broadcast_object_list(box)
     if box[1] is not None:
-        raise UserError(box[1])
+        error = UserError(box[1])
+        error.shared = True
+        raise error
     return box[0]
 
 
@@ -133,7 +139,7 @@ def open_run(out: str | Path, settings: dict) -> bool:
         write_json(config, settings)
         return False
     old = read_json(config)
-    for key in settings.keys() | old.keys():
+    for key in sorted(settings.keys() | old.keys()):
         if key not in FREE and old.get(key) != settings.get(key):
             raise UserError(f"{out}: belongs to another run ({key} is {old.get(key)!r} there, {settings.get(key)!r} here); "
                             "choose another --out, or the same settings to go on")
@@ -159,10 +165,20 @@ class Stopper:
 
 # ---- command lines ----
 
-def parser(description: str) -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--seed", type=int, default=1, help="of every random choice")
-    p.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's lines; appends defaults, except where there is none or the text speaks of it."""
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+def parser(description: str, seed: bool = True, device: bool = True) -> argparse.ArgumentParser:
+    """A parser with the flags that commands share."""
+    p = argparse.ArgumentParser(description=description, formatter_class=_Help)
+    if seed:
+        p.add_argument("--seed", type=int, default=1, help="of every random choice")
+    if device:
+        p.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     return p
 
 
@@ -177,14 +193,34 @@ def at_least(low, kind=int):
     return number
 
 
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to below 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, not {text}")
+    return value
+
+
+def finished_run(path: str | Path, command: str) -> dict:
+    """The settings of the run of `command` (a script's name) in `path`; UserError if it is no such run, or not finished."""
+    path = Path(path)
+    config = read_json(path / "config.json")
+    if config.get("command") != command:
+        raise UserError(f"{path}: is no run of {command}.py")
+    if not (path / "finished.json").exists():
+        raise UserError(f"{path}: this run is not finished; start its command again, it goes on where it stopped")
+    return config
+
+
 def run_main(main) -> None:
     """Calls main(); a UserError becomes one line on stderr and exit code 1."""
     code = 0
     try:
         main()
     except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"error: {e}", file=sys.stderr)
+        rank = int(os.environ.get("RANK", 0))
+        if not (rank and e.shared):
+            print("error: " + (f"rank {rank}: " if rank else "") + str(e), file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

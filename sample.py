@@ -182,7 +182,7 @@ def add_sampling_arguments(p) -> None:
     p.add_argument("--max-latents", type=at_least(0), default=256, help="latent budget; then </think> is fed")
     p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="budget of sampled tokens")
     p.add_argument("--temperature", type=at_least(0, float), default=0.6, help="0: greedy")
-    p.add_argument("--top-p", type=at_least(0, float), default=0.95, help="share of probability that is sampled from")
+    p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95, help="share of probability that is sampled from")
 
 
 def sampling(args, reasons: dict) -> Sampling:
@@ -217,6 +217,7 @@ def main():
         try:
             problem = input("problem> ")
         except EOFError:
+            print()
             return
         if problem.strip():
             show(generate(model, tokenizer, [problem], settings)[0], tokenizer)

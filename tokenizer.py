@@ -68,7 +68,12 @@ class Tokenizer:
     def __init__(self, directory: str | Path, model_type: str = ""):
         """Reads `directory/tokenizer.json`; `model_type` (config.json's) helps to choose the prompt. Raises UserError."""
         path = Path(directory) / "tokenizer.json"
-        spec = read_json(path)
+        try:
+            self._build(read_json(path), path, model_type)
+        except (KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{path}: is not a whole tokenizer file ({e!r})") from None
+
+    def _build(self, spec: dict, path: Path, model_type: str) -> None:
         model, added, normalizer = spec.get("model", {}), spec.get("added_tokens", []), spec.get("normalizer")
         unusual = ("byte_fallback", "dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
         if model.get("type", "BPE") != "BPE" or any(model.get(key) for key in unusual):

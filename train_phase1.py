@@ -21,7 +21,7 @@ from load_hf_weights import base_dtype, load_model
 import lora
 from masks import induction, supervision
 from model import Model
-from runs import UserError, at_least, parser, read_json, run_main, start
+from runs import UserError, at_least, finished_run, parser, run_main, start
 from trainer import Task, add_training_arguments, train
 
 LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder", "decoder")}
@@ -109,23 +109,22 @@ def main():
     p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --init, or 2")
     p.add_argument("--top-k", type=at_least(0), help="tokens in a superposition, 0 for all; default: that of --init, or 10")
     add_training_arguments(p, lr=1e-4, epochs=10)
+    p.set_defaults(lora_rank=None)
     args = p.parse_args()
     args.command = "train_phase1"
     if not (args.init or args.model):
         raise UserError("--model: name the CoT-SFT model to start from (or --init, a phase 1 run)")
     if args.step != "encoder" and not args.init:
         raise UserError(f"--init: the step {args.step} starts from a run of the step before; name it")
-    before = read_json(Path(args.init) / "config.json") if args.init else {}
-    if args.init and before.get("command") != "train_phase1":
-        raise UserError(f"{args.init}: is no phase 1 run; --init takes the directory of an earlier step")
-    for key, default in (("model", None), ("compression", 2), ("top_k", 10)):
+    args.model = args.model and str(Path(args.model).resolve())  # later commands find it from anywhere
+    before = finished_run(args.init, "train_phase1") if args.init else {}
+    for key, default in (("model", None), ("compression", 2), ("top_k", 10), ("lora_rank", 64)):
         given = getattr(args, key)
         if given is None:
             setattr(args, key, before.get(key, default))
         elif before and given != before[key]:
             raise UserError(f"{args.init}: was trained with {key} {before[key]}, not {given}; "
                             f"leave --{key.replace('_', '-')} out")
-    args.model = str(Path(args.model).resolve())  # later commands find it from anywhere
 
     rank, world, device = start(args.device)
     torch.manual_seed(args.seed)
@@ -137,6 +136,8 @@ def main():
         for name in ("encoder", "decoder"):
             lora.add_adapter(model, name, args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
         encoder = Encoder(model)
+    if args.top_k > model.config.vocab_size:
+        raise UserError(f"--top-k {args.top_k}: the vocabulary has only {model.config.vocab_size} tokens")
     examples = load_examples(args.data, tokenizer)
     valid = load_examples(args.valid, tokenizer) if args.valid else None
     task = Phase1(encoder, args.compression, args.top_k, LEARNS[args.step])

@@ -18,7 +18,7 @@ import latents
 from load_hf_weights import base_dtype, load_model
 import lora
 from model import Model
-from runs import UserError, at_least, parser, read_json, run_main, start
+from runs import at_least, finished_run, parser, run_main, start
 from train_phase1 import load_encoder
 from trainer import Task, add_training_arguments, train
 
@@ -49,9 +49,12 @@ class LatentRow:
 
 
 class Phase2(Task):
-    def __init__(self, model: Model, r: int, w_ce: float, w_kl: float, noise: float, temperature: float):
+    """`noise` and `temperature` are those of latents.gumbel_noise, `end_think` the token that noise must not put on top."""
+
+    def __init__(self, model: Model, r: int, w_ce=1.0, w_kl=1.0, noise=0.0, temperature=1.0, end_think: int = 0):
         super().__init__()
-        self.model, self.r, self.noise, self.temperature = model, r, noise, temperature
+        self.model, self.r = model, r
+        self.noise, self.temperature, self.end_think = noise, temperature, end_think
         self.weights = {"ce": w_ce, "kl": w_kl}
 
     def length(self, example):
@@ -61,7 +64,6 @@ class Phase2(Task):
         return {"ce": sum(num_targets("latent", e, self.r) for e in examples), "kl": len(examples)}
 
     def row(self, examples):
-        self.end_think = examples[0].end_think[0]
         weights = [torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples]
         probs = torch.cat([e.probs for e in examples]).float()
         ids = None if examples[0].ids is None else torch.cat([e.ids for e in examples]).long()
@@ -94,9 +96,7 @@ def main():
     add_training_arguments(p, lr=3e-4, epochs=50)
     args = p.parse_args()
     args.command = "train_phase2"
-    before = read_json(Path(args.phase1) / "config.json")
-    if before.get("command") != "train_phase1":
-        raise UserError(f"{args.phase1}: is no phase 1 run")
+    before = finished_run(args.phase1, "train_phase1")
     args.compression = args.compression or before["compression"]
     args.top_k = before["top_k"] if args.top_k is None else args.top_k
 
@@ -115,7 +115,8 @@ def main():
         encoder = load_encoder(args.phase1, load_model(before["model"], device, base_dtype(device))[0]).to(device).eval()
         valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))
         del encoder
-    task = Phase2(model, args.compression, args.w_ce, args.w_kl, args.noise, args.noise_temperature)
+    task = Phase2(model, args.compression, args.w_ce, args.w_kl, args.noise, args.noise_temperature,
+                  tokenizer.end_think[0])
     train(task, examples, valid, args, rank, world, device)
 
 

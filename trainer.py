@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import pack
-from runs import Stopper, UserError, at_least, open_run, from_rank0, read_tensors, write_json, write_tensors, write_text
+from runs import (Stopper, UserError, at_least, file_hash, from_rank0, open_run, read_tensors, share, write_json,
+                  write_tensors, write_text)
 
 
 class Task(nn.Module):
@@ -57,14 +58,14 @@ def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float,
     p.add_argument("--batch-size", type=at_least(1), default=128, help="examples per step, over all ranks")
     p.add_argument("--row-tokens", type=at_least(1), default=8192, help="tokens of a packed row, that is of a micro-batch")
     p.add_argument("--lr", type=at_least(0, float), default=lr, help="peak learning rate")
-    p.add_argument("--warmup", type=at_least(0, float), default=0.05, help="share of the steps, before the cosine to zero")
+    p.add_argument("--warmup", type=share, default=0.05, help="share of the steps, before the cosine to zero")
     p.add_argument("--weight-decay", type=at_least(0, float), default=0.01, help="AdamW's, on matrices")
-    p.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm")
+    p.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm; 0: any")
     p.add_argument("--valid-every", type=at_least(1), help="steps between validations; default: a tenth of the run")
     p.add_argument("--save-every", type=at_least(1), default=200, help="steps between resumable states")
     if lora_rank:
         p.add_argument("--lora-rank", type=at_least(1), default=lora_rank, help="rank of new adapters; alpha is twice that")
-        p.add_argument("--lora-dropout", type=at_least(0, float), default=0.1, help="dropout before new adapters")
+        p.add_argument("--lora-dropout", type=share, default=0.1, help="dropout before new adapters")
 
 
 def fitting(examples: list, length, row_tokens: int, rank: int, where: str) -> list:
@@ -111,7 +112,8 @@ def _load_state(path: Path, learned: dict, optimizer) -> int:
     for n, p in learned.items():
         p.data.copy_(tensors[f"parameter/{n}"])
         moments = {key: tensors[f"{key}/{n}"].to(p) for key in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[p] = {"step": torch.tensor(float(step))} | moments
+        fused = optimizer.defaults["fused"]  # the fused kernel counts its steps on the GPU
+        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device if fused else "cpu")} | moments
     return step
 
 
@@ -129,8 +131,8 @@ def evaluate(task: Task, examples: list, args, rank: int, world: int, device) ->
     task.eval()
     sums = {k: 0.0 for k in task.weights}
     for indices in pack([task.length(e) for e in examples], args.row_tokens, world)[rank::world]:
-        parts = task(task.row([examples[i] for i in indices]).to(device)) if indices else {}
-        sums = {k: sums[k] + float(parts[k]) for k in parts}
+        parts = task(task.row([examples[i] for i in indices]).to(device))
+        sums = {k: sums[k] + float(parts[k]) for k in sums}
     task.train()
     counts = task.counts(examples)
     means = {k: v / counts[k] for k, v in _reduced(sums, device).items()}
@@ -142,16 +144,16 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
 
     Writes config.json, metrics.jsonl, what task.save writes, and resume.safetensors until the run is finished.
     """
-    out, settings = Path(args.out), vars(args)
-    from_rank0(lambda: open_run(out, settings))
-    if (out / "finished.json").exists():
-        if rank == 0:
-            print(f"{out}: is finished already")
-        return
+    out = Path(args.out)
     if args.batch_size < world:
         raise UserError(f"--batch-size {args.batch_size}: every one of the {world} ranks needs at least one example a step")
     examples = fitting(examples, task.length, args.row_tokens, rank, args.data)
     valid = fitting(valid, task.length, args.row_tokens, rank, args.valid) if valid else None
+    from_rank0(lambda: open_run(out, vars(args) | {"data_hash": file_hash(args.data)}))
+    if (out / "finished.json").exists():
+        if rank == 0:
+            print(f"{out}: is finished already")
+        return
     steps = args.max_steps or max(1, math.ceil(args.epochs * len(examples) / args.batch_size))
     valid_every = args.valid_every or max(1, steps // 10)
 
@@ -161,7 +163,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
                                   betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=device.type == "cuda")
     first = _load_state(out / "resume.safetensors", learned, optimizer) if (out / "resume.safetensors").exists() else 0
-    parallel = DistributedDataParallel(task, broadcast_buffers=False) if world > 1 else task
+    parallel = DistributedDataParallel(task) if world > 1 else task
     autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     if rank == 0:
         _truncate_metrics(out / "metrics.jsonl", first)
@@ -176,7 +178,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
 
     metrics = open(out / "metrics.jsonl", "a", encoding="utf-8") if rank == 0 else None
     record = (lambda **values: print(json.dumps(values), file=metrics, flush=True)) if rank == 0 else (lambda **_: None)
-    begin, last_valid = time.time(), None
+    begin, loss, last_valid = time.time(), None, None
     bar = tqdm(total=steps, initial=first, disable=rank > 0, desc=out.name, mininterval=1, dynamic_ncols=True)
     with Stopper() as stopper, bar:
         for step in range(first, steps):
@@ -197,7 +199,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             lr = learning_rate(step, steps, args.lr, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            norm = nn.utils.clip_grad_norm_(learned.values(), args.clip)
+            norm = nn.utils.clip_grad_norm_(learned.values(), args.clip or math.inf)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -225,8 +227,9 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
         seconds = time.time() - begin
         write_json(out / "finished.json", {"steps": steps, "loss": loss, "valid": last_valid, "seconds": seconds})
         (out / "resume.safetensors").unlink(missing_ok=True)
-        print(f"{out}: loss {loss:.4f}" + (f", validation {last_valid['loss']:.4f}" if last_valid else "")
-              + f" after {steps} steps, {seconds:.0f} s")
+        reached = "" if loss is None else f"loss {loss:.4f}, "
+        print(f"{out}: {reached}" + (f"validation {last_valid['loss']:.4f}, " if last_valid else "")
+              + f"{steps} steps, {seconds:.0f} s")
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

@@ -43,12 +43,32 @@ LINE = {"problem": "1+1", "cot": "2", "cot_answer": "\\boxed{2}"}
     (json.dumps(LINE | {"problem": "  "}), ["line 1", '"problem" is empty']),
     (json.dumps(LINE | {"cot_answer": 7}), ["line 1", '"cot_answer" is not a string']),
     (json.dumps(LINE | {"cot": "<think></think>"}), ["line 1", "no chain"]),
-    ("", ["the file is empty"]), ("\n \n", ["the file is empty"]), ("\udcff", ["cannot be read as UTF-8"])])
+    ("", ["the file is empty"]), ("\n \n", ["the file is empty"]), ("\udcff", ["cannot be read"])])
 def test_bad_data(fails, checkpoint, tmp_path, text, words):
     bad, out = tmp_path / "bad.jsonl", tmp_path / "out"
     bad.write_text(text, errors="surrogateescape")
     fails(train_sft.main, sft(checkpoint(), bad, out), "bad.jsonl", *words)
     assert not out.exists()
+
+
+def test_an_unfinished_run_is_no_base(command, fails, checkpoint, data, tmp_path):
+    run = tmp_path / "run"
+    assert command(train_phase1.main, "--step", "encoder", *sft(checkpoint(), data, run), "--lora-rank", 2)[0] == 0
+    (run / "finished.json").unlink()
+    fails(train_phase1.main, ["--step", "decoder", "--init", run, "--data", data, "--out", tmp_path / "out"], "is not finished")
+    fails(cache_latents.main, ["--phase1", run, "--data", data, "--out", tmp_path / "out"], "is not finished")
+
+
+def test_half_a_config_or_tokenizer(fails, checkpoint, data, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint(), broken)
+    config = json.loads((broken / "config.json").read_text())
+    for change, words in (({"vocab_size": "many"}, "wrong type"), ({"rope_parameters": {"rope_type": "llama3"}}, "is missing")):
+        (broken / "config.json").write_text(json.dumps(config | change))
+        fails(train_sft.main, sft(broken, data, tmp_path / "out"), "config.json", words)
+    (broken / "config.json").write_text(json.dumps(config))
+    (broken / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}}}')
+    fails(train_sft.main, sft(broken, data, tmp_path / "out"), "tokenizer.json")
 
 
 def test_bad_gzip(fails, checkpoint, tmp_path):
@@ -68,8 +88,13 @@ def test_missing_files(fails, checkpoint, data, tmp_path):
     fails(load_hf_weights.main, ["--model", nowhere, "--out", tmp_path / "out"], "nowhere/config.json: no such file")
     fails(train_phase1.main, ["--step", "encoder", "--data", data, "--out", tmp_path / "out"], "--model")
     fails(train_phase1.main, ["--step", "joint", "--model", checkpoint(), "--data", data, "--out", tmp_path / "out"], "--init")
-    fails(train_phase2.main, ["--phase1", checkpoint(), "--cache", empty, "--data", data, "--out", tmp_path / "out"], "is no phase 1 run")
-    fails(cache_latents.main, ["--phase1", checkpoint(), "--data", data, "--out", tmp_path / "out"], "is no phase 1 run")
+    fails(train_phase2.main, ["--phase1", checkpoint(), "--cache", empty, "--data", data, "--out", tmp_path / "out"], "is no run of train_phase1.py")
+    fails(cache_latents.main, ["--phase1", checkpoint(), "--data", data, "--out", tmp_path / "out"], "is no run of train_phase1.py")
+    fails(train_sft.main, sft(checkpoint(), tmp_path, tmp_path / "out"), "is not a file")
+    fails(train_sft.main, sft(checkpoint(), data, data / "below"), "cannot be written")
+    fails(evaluation.main, ["--model", checkpoint(), "--data", data, "--out", data], "cannot be written")
+    fails(evaluation.main, ["--model", checkpoint(), "--data", data, data, "--out", tmp_path / "out"], "same name")
+    fails(train_phase1.main, ["--step", "encoder", *sft(checkpoint(), data, tmp_path / "out"), "--top-k", 1000], "--top-k 1000", "272")
     assert not (tmp_path / "out").exists()
 
 
@@ -86,7 +111,8 @@ def test_unknown_architecture_and_truncated_weights(fails, checkpoint, data, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--compression", 0], ["--top-k", -1], ["--compression", "two"], ["--step", "all"], ["--batch-size", 0]])
+@pytest.mark.parametrize("arguments", [["--compression", 0], ["--top-k", -1], ["--compression", "two"], ["--step", "all"], ["--batch-size", 0],
+                                       ["--lora-dropout", 1.5], ["--warmup", 100]])
 def test_bad_numbers(fails, checkpoint, data, tmp_path, arguments):
     fails(train_phase1.main, ["--step", "encoder", *sft(checkpoint(), data, tmp_path / "out"), *arguments], arguments[0], code=2)
     assert not (tmp_path / "out").exists()
@@ -96,6 +122,7 @@ def test_too_long_examples_are_counted(command, fails, checkpoint, data, tmp_pat
     code, printed, _ = command(train_sft.main, *sft(checkpoint(), data, tmp_path / "out", "--row-tokens", 60))
     assert code == 0 and "skipped " in printed and "of 40 examples, longer than --row-tokens 60" in printed
     fails(train_sft.main, sft(checkpoint(), data, tmp_path / "none", "--row-tokens", 3), "no example fits into --row-tokens 3")
+    assert command(train_sft.main, *sft(checkpoint(), data, tmp_path / "none"))[0] == 0  # the failed start left nothing behind
 
 
 def test_an_output_of_another_run(command, fails, checkpoint, data, tmp_path):
@@ -149,4 +176,4 @@ def test_from_the_shell(tmp_path):
 @pytest.mark.parametrize("script", [train_sft, train_phase1, train_phase2, cache_latents, sample, evaluation, load_hf_weights])
 def test_help(command, script):
     code, printed, _ = command(script.main, "--help")
-    assert code == 0 and "default" in printed and printed.count("--") > 6
+    assert code == 0 and "default" in printed and printed.count("--") >= 3

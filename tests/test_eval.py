@@ -17,7 +17,8 @@ def grader():
 
 @pytest.mark.parametrize("gold,text,right", [
     ("18", "so \\boxed{18}", True), ("18", "\\boxed{17} then \\boxed{18.0}", True), ("18", "\\boxed{18} no, \\boxed{17}", False),
-    ("1234", "\\boxed{1,234}", True), ("70000", "\\boxed{\\$70{,}000}", True), ("0.5", "\\boxed{\\frac{1}{2}}", True),
+    ("1234", "\\boxed{1,234}", True), ("1,2", "\\boxed{12}", False), ("5", "\\boxed{sNaN}", False),
+    ("3,5,7", "\\boxed{5,3,7}", True), ("3,5,7", "\\boxed{5,3,8}", False), ("70000", "\\boxed{\\$70{,}000}", True), ("0.5", "\\boxed{\\frac{1}{2}}", True),
     ("\\left( 3, \\frac{\\pi}{2} \\right)", "\\boxed{(3, \\pi/2)}", True), ("\\frac{14}{3}", "\\boxed{\\frac{13}{3}}", False),
     ("p - q", "\\boxed{p-q}", True), ("72", "The answer is 72.", True), ("72", "", False), ("72", "\\boxed{}", False), ("72", "\\boxed{72", False)])
 def test_verdicts(grader, gold, text, right):
@@ -65,3 +66,8 @@ def test_ranks_share_the_problems(command, checkpoint, data, tmp_path):
     torchrun(2, "eval.py", *arguments, "--out", tmp_path / "two", "--device", "cpu")
     one, two = ((tmp_path / x / "train.predictions.jsonl").read_text() for x in ("one", "two"))
     assert one == two and one.count("\n") == 40
+
+
+def test_split_chain():
+    assert evaluation.split_chain([1, 2, 8, 9, 3], [8, 9]) == ([1, 2], [3]) and evaluation.split_chain([8, 9], [8, 9]) == ([], [])
+    assert evaluation.split_chain([1, 8], [8, 9]) == ([1, 8], [1, 8])

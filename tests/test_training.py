@@ -85,7 +85,7 @@ def phase2_task(directory, examples, r=2, k=3, noise=0.0):
         alpha = torch.randn(data_module.num_latents(e, r), model.config.vocab_size).softmax(-1)
         probs, ids = (alpha, None) if k == 0 else alpha.topk(k)
         with_latents.append(LatentExample(**vars(e), probs=probs, ids=ids))
-    return Phase2(model, r, 0.7, 1.3, noise, 1.0), with_latents
+    return Phase2(model, r, 0.7, 1.3, noise, end_think=examples[0].end_think[0]), with_latents
 
 
 @pytest.mark.parametrize("kind,tied,r,k", [("llama", True, 2, 3), ("qwen2", False, 3, 0), ("qwen3", True, 1, 10), ("llama", False, 100, 1)])
@@ -267,6 +267,16 @@ def test_killed_between_saves(checkpoint, data, tmp_path):
     assert go("go").returncode == 0
     after = losses(tmp_path / "run")
     assert after[:5] == before and [s for s, _ in after] == list(range(1, 8))
+
+
+def test_a_run_that_died_at_its_very_end(command, checkpoint, data, tmp_path, monkeypatch):
+    """Killed after its last save: the same command finishes it."""
+    real = trainer.write_json
+    monkeypatch.setattr(trainer, "write_json", lambda path, value: (_ for _ in ()).throw(trainer.UserError("no room")))
+    assert command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 2))[0] == 1
+    monkeypatch.setattr(trainer, "write_json", real)
+    assert command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 2))[0] == 0
+    assert (tmp_path / "run" / "finished.json").exists() and not (tmp_path / "run" / "resume.safetensors").exists()
 
 
 def test_learning_rate_and_order():

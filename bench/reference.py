@@ -1,0 +1,86 @@
+"""How the field trains Latent-SFT today, for the benches: Transformers + PEFT, padded batches, dense masks, full logits.
+
+Written for a fair comparison, not as a straw man: same examples, layouts, masks and positions as ours (they come from the
+product's data.py and masks.py), same LoRA targets, same losses; only the machinery differs.
+"""
+
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from data import pack_row
+from masks import LATENT, causal, dense, induction, supervision
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def load(directory, adapters: tuple[str, ...], rank: int, dtype, device):
+    """A PEFT model with one LoRA adapter per name."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").to(device)
+    for i, name in enumerate(adapters):
+        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.1, target_modules=TARGETS, task_type="CAUSAL_LM")
+        if i == 0:
+            model = get_peft_model(model, config, name)
+        else:
+            model.add_adapter(name, config)
+    return model.train()
+
+
+def padded(layout: str, examples, r: int, rule, device) -> dict[str, torch.Tensor]:
+    """A right-padded batch: ids, positions, is_latent [B, T], labels [B, T] (-100 where none), mask [B, 1, T, T] additive."""
+    rows = [pack_row(layout, [e], r) for e in examples]
+    B, T = len(rows), max(len(row.ids) for row in rows)
+    batch = {"ids": torch.zeros(B, T, dtype=torch.long), "positions": torch.zeros(B, T, dtype=torch.long),
+             "is_latent": torch.zeros(B, T, dtype=torch.bool), "labels": torch.full((B, T), -100)}
+    allowed = torch.eye(T, dtype=torch.bool).repeat(B, 1, 1)  # padding looks at itself, so that no row is empty
+    for i, row in enumerate(rows):
+        n = len(row.ids)
+        batch["ids"][i, :n], batch["positions"][i, :n] = row.ids, row.position_ids
+        batch["is_latent"][i, :n] = row.labels.kind == LATENT
+        batch["labels"][i, row.target_index] = row.targets
+        allowed[i, :n, :n] = dense(rule, row.labels)
+    batch["mask"] = torch.zeros(B, 1, T, T).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
+    return {k: v.to(device) for k, v in batch.items()}
+
+
+def backbone(model):
+    return model.base_model.model
+
+
+def hidden_states(model, batch, embeds):
+    mask = batch["mask"].to(embeds.dtype)
+    return backbone(model).model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["positions"],
+                                 use_cache=False).last_hidden_state
+
+
+def phase1_loss(model, latent_query, examples, r: int, k: int, device) -> torch.Tensor:
+    """Joint phase 1: encoder and decoder forward on padded batches, logits at every position."""
+    E = backbone(model).get_input_embeddings().weight
+    model.set_adapter("encoder")
+    batch = padded("encoder", examples, r, induction, device)
+    embeds = torch.where(batch["is_latent"][..., None], latent_query.to(E.dtype), E[batch["ids"]])
+    top, ids = (hidden_states(model, batch, embeds) @ E.T).float().topk(k, dim=-1)
+    alpha = top.softmax(-1)[batch["is_latent"]]
+    z = torch.einsum("nk,nkd->nd", alpha.to(E.dtype), E[ids[batch["is_latent"]]])
+    model.set_adapter("decoder")
+    batch = padded("decoder", examples, r, supervision, device)
+    embeds = E[batch["ids"]].masked_scatter(batch["is_latent"][..., None], z)
+    logits = backbone(model).lm_head(hidden_states(model, batch, embeds)).float()
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+
+
+def phase2_loss(model, examples, r: int, device) -> torch.Tensor:
+    """Phase 2 on examples with `probs` and `ids`: CE on the answer, KL at the position before each latent."""
+    E = backbone(model).get_input_embeddings().weight
+    batch = padded("latent", examples, r, causal, device)
+    probs = torch.cat([e.probs for e in examples]).float().to(device)
+    ids = torch.cat([e.ids for e in examples]).long().to(device)
+    z = torch.einsum("nk,nkd->nd", probs.to(E.dtype), E[ids])
+    embeds = E[batch["ids"]].masked_scatter(batch["is_latent"][..., None], z)
+    logits = backbone(model).lm_head(hidden_states(model, batch, embeds)).float()
+    ce = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+    log_q = logits.log_softmax(-1)[:, :-1][batch["is_latent"][:, 1:]].gather(-1, ids)
+    kl = (torch.xlogy(probs, probs) - probs * log_q).sum(-1)
+    weights = torch.cat([torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples]).to(device)
+    return ce + (weights * kl).sum() / len(examples)

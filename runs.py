@@ -222,6 +222,9 @@ def run_main(main) -> None:
         if not (rank and e.shared):
             print("error: " + (f"rank {rank}: " if rank else "") + str(e), file=sys.stderr)
         code = 1
+    except OSError as e:  # a full disk, mostly; what was saved before is whole
+        print(f"error: {e.filename or 'a file'}: {e.strerror}; mend that and start the command again", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         code = 130
     if dist.is_initialized():

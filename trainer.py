@@ -213,7 +213,8 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             if valid and ((step + 1) % valid_every == 0 or step + 1 == steps):
-                last_valid = evaluate(task, valid, args, rank, world, device)
+                with autocast:
+                    last_valid = evaluate(task, valid, args, rank, world, device)
                 record(step=step + 1, **{f"valid_{k}": v for k, v in last_valid.items()})
             if stop or (step + 1) % args.save_every == 0 or step + 1 == steps:
                 save(step + 1)

@@ -1,4 +1,4 @@
-"""From JSONL to packed rows: examples, the four layouts of DESIGN.md section 2, and packing without padding."""
+"""From JSONL to packed rows: examples, the four layouts (docs/METHOD.md), and packing without padding."""
 
 from dataclasses import dataclass, fields
 import gzip
@@ -78,7 +78,7 @@ def num_latents(example: Example, r: int) -> int:
 def layout(name: str, example: Example, r: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """ids, kind, segment and position of every token of `example`, each int [T]; latents have id 0.
 
-    `name` is "cot", "encoder", "decoder" or "latent", the rows of DESIGN.md's table.
+    `name` is "cot", "encoder", "decoder" or "latent", the rows of the table in docs/METHOD.md.
     """
     chain, n, N = np.array(example.chain, int), len(example.chain), num_latents(example, r)
     ends = np.minimum(r * np.arange(1, N + 1), n)  # where S_1 ... S_N end

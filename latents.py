@@ -1,4 +1,4 @@
-"""Latent tokens as arithmetic: superposition, the two losses, and noise. DESIGN.md section 2; paper section 3.
+"""Latent tokens as arithmetic: superposition, the two losses, and noise. See docs/METHOD.md.
 
 A latent's distribution `alpha` is held as (probs, ids): probabilities float [N, k] and the tokens they belong to int [N, k];
 ids is None where alpha covers the full vocabulary (k = 0) and probs is [N, V].

@@ -1,8 +1,8 @@
 """Who may look at whom, and at which position: the two masks and the dual-track positions, each rule written once.
 
 A mask is a rule over per-token labels, not a matrix. `rule(labels, q, k)` takes integer tensors of token indices into one
-packed row, broadcast against each other, and says for each pair whether query q may look at key k. Dense masks
-(`dense`) and whatever a GPU kernel needs come from the same rule. DESIGN.md section 2; paper section 3.2.
+packed row, broadcast against each other, and says for each pair whether query q may look at key k; whoever needs a
+matrix evaluates the rule on a grid. See docs/METHOD.md.
 """
 
 from dataclasses import dataclass, fields

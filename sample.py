@@ -4,7 +4,7 @@
     python sample.py --model runs/latent                                  # asks for problems
 
 A row reads Q <think>, feeds itself top-k superpositions while it thinks, then all of </think>, then samples its answer; all
-rows do whatever is theirs to do in the same step, on one KV cache. DESIGN.md section 2, "Inference".
+rows do whatever is theirs to do in the same step, on one KV cache. See docs/METHOD.md.
 """
 
 from dataclasses import dataclass, replace

@@ -137,7 +137,7 @@ class Tokenizer:
         return b"".join(self._bytes.get(int(i), b"") for i in ids if i not in skip).decode("utf-8", "replace")
 
     def prompt(self, problem: str) -> list[int]:
-        """`Q <think>`: the chat prompt of this family (DESIGN.md section 4) for `problem`, ready to think."""
+        """`Q <think>`: the chat prompt of this family for `problem`, ready to think."""
         template = _FAMILIES[self.family][1]
         ids = []
         for part in template:

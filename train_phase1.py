@@ -5,7 +5,7 @@
     python train_phase1.py --step joint --init runs/decoder --data train.jsonl --out runs/joint
 
 Encoder and decoder are two adapters on one frozen base. The loss is the mean cross-entropy over S_2..S_N, </think> and the
-answer, given latents that are superpositions made by the encoder. DESIGN.md section 2; paper section 3.3.
+answer, given latents that are superpositions made by the encoder. See docs/METHOD.md.
 """
 
 from dataclasses import dataclass

@@ -3,7 +3,7 @@
     python train_phase2.py --phase1 runs/joint --cache runs/cache --data train.jsonl --out runs/latent
 
 Loss = w_ce * CE(</think> A) + w_kl * KL(alpha || q), q the softmax of the LM head at the position before each latent; KL is
-averaged over the latents of an example, then over examples. DESIGN.md section 2; paper section 3.4.
+averaged over the latents of an example, then over examples. See docs/METHOD.md.
 """
 
 from dataclasses import dataclass

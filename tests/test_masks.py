@@ -23,7 +23,7 @@ def ours(example: oracle.Example) -> data.Example:
 
 
 def test_worked_example():
-    """The 9 x 9 matrix and the positions that DESIGN.md prints."""
+    """The 9 x 9 matrix and the positions that the design page prints."""
     example = data.Example([1, 2, 3], [4, 5, 6, 7], [8], [9])
     row = data.pack_row("decoder", [example], 2)
     assert "\n".join("".join("1" if x else "." for x in line) for line in masks.dense(masks.supervision, row.labels)) == """\

@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # everything here is small; for the processes that tests start
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # and exact: comparisons to 1e-5 are for float32 on a CPU, also where a GPU is
 torch.set_num_threads(1)
 
 import demo  # noqa: E402

@@ -14,8 +14,8 @@ from tqdm import tqdm
 
 from data import Example, load_examples, num_latents, num_tokens, pack, pack_row
 from load_hf_weights import base_dtype, fingerprint, load_model, resolve
-from runs import (UserError, at_least, file_hash, finished_run, from_rank0, parser, read_json, read_tensors, run_main,
-                  start, write_json, write_tensors)
+from runs import (UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, read_tensors,
+                  run_main, start, write_json, write_tensors)
 from train_phase1 import Encoder, load_encoder
 
 SHARD = 1024  # examples
@@ -95,7 +95,7 @@ def main():
             if found.exists():
                 _compare(out, read_json(found), made_from, "choose another --out")
         if not finished.exists() and not note.exists():
-            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if not is_free(out):
                 raise UserError(f"{out}: is there already and is no latent cache; choose another --out")
             write_json(note, made_from)
         return finished.exists()

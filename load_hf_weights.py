@@ -18,7 +18,7 @@ import torch
 
 import lora
 from model import Config, Model, rotary_frequencies
-from runs import UserError, file_hash, parser, read_json, read_tensors, run_main, write_json
+from runs import UserError, file_hash, is_free, parser, read_json, read_tensors, run_main, write_json
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
@@ -163,7 +163,7 @@ def save_checkpoint(model: Model, source: str | Path, out: str | Path, reasons: 
     """
     out, source = Path(out), Path(source)
     config = read_json(source / "config.json")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if not is_free(out):
         raise UserError(f"{out}: is there already and not empty; choose another --out")
     dtype = dtype or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     for key in {"dtype", "torch_dtype"} & config.keys():

@@ -129,12 +129,17 @@ def from_rank0(function):
 FREE = {"out", "device", "save_every", "valid_every"}  # settings that may differ when a run goes on
 
 
+def is_free(out: Path) -> bool:
+    """Whether `out` may become an output directory: it is not there, or empty."""
+    return not out.exists() or out.is_dir() and not any(out.iterdir())
+
+
 def open_run(out: str | Path, settings: dict) -> bool:
     """Makes the run directory `out` with its config.json, or checks that it is this very run; True if it was there."""
     out = Path(out)
     config = out / "config.json"
     if not config.exists():
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not is_free(out):
             raise UserError(f"{out}: is there already and is no run directory; choose another --out")
         write_json(config, settings)
         return False

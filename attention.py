@@ -1,41 +1,113 @@
 """The attention functions that are handed to the model: packed rows under a mask rule, and a KV cache.
 
-Both run on PyTorch's scaled_dot_product_attention. The documents of a packed row are first laid side by side, those of
-similar length together, so that the work is that of the documents and not of the square of the row.
+Nowhere is work done for the square of a packed row: on a CPU its documents are laid side by side, those of similar length
+together; on a GPU flash attention takes their lengths, or FlexAttention the blocks that they touch.
 """
+
+from functools import cache, cached_property
+import inspect
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from masks import Labels, causal
 from model import Config
 
+BLOCK = 128  # tokens; FlexAttention masks [BLOCK, BLOCK] of queries and keys at a time
+
 
 class PackedAttention:
-    """`attend` for one packed row: each document by itself, under `rule` (masks.py)."""
+    """`attend` for one packed row: each document by itself, under `rule` (masks.py).
+
+    On a GPU, causal rows in half precision run on flash attention and all others on FlexAttention; a CPU has PyTorch's SDPA.
+    """
 
     def __init__(self, labels: Labels, rule=causal):
-        document = labels.document
-        starts = torch.cat([document.new_ones(1, dtype=torch.bool), document[1:] != document[:-1]]).nonzero().squeeze(1)
-        lengths = torch.diff(starts, append=starts.new_tensor([len(document)]))
-        size_class = lengths.float().log2().ceil()  # lengths of one class differ by a factor of two at most
-        self.groups = []
-        for size in size_class.unique():
-            start, length = starts[size_class == size], lengths[size_class == size, None]
-            offset = torch.arange(int(length.max()), device=document.device)
-            valid = offset < length  # [documents, longest]
-            # beyond its end a document's last token is repeated as a query, and nobody sees it as a key
-            grid = start[:, None] + torch.minimum(offset, length - 1)
-            mask = rule(labels, grid[:, :, None], grid[:, None, :]) & valid[:, None, :]
-            self.groups.append((grid, valid, mask[:, None]))
-        self.order = torch.cat([grid[valid] for grid, valid, _ in self.groups]).argsort()
+        self.labels, self.rule = labels, rule
 
     def __call__(self, layer, q, k, v):
+        if not q.is_cuda:
+            return self._side_by_side(q, k, v)
+        if self.rule is causal and q.dtype != torch.float32:
+            return _flash_varlen()(q, k, v, self.cu_seqlens, max(self.labels.lengths))
+        return self._flex(q, k, v)
+
+    @cached_property
+    def groups(self):
+        """The documents by size class: (where their tokens are [documents, longest], which of those are real, the mask)."""
+        labels, lengths = self.labels, torch.tensor(self.labels.lengths)
+        starts, size_class = lengths.cumsum(0) - lengths, lengths.float().log2().ceil()  # within a class, at most twice as long
+        groups = []
+        for size in size_class.unique():
+            start, length = starts[size_class == size, None], lengths[size_class == size, None]
+            offset = torch.arange(int(length.max()))
+            valid = offset < length
+            # beyond its end a document's last token is repeated as a query, and nobody sees it as a key
+            grid = start + torch.minimum(offset, length - 1)
+            mask = self.rule(labels, grid[:, :, None], grid[:, None, :]) & valid[:, None, :]
+            groups.append((grid, valid, mask[:, None]))
+        return groups
+
+    @cached_property
+    def order(self):
+        """Where each token of the row is among the real tokens of all groups."""
+        return torch.cat([grid[valid] for grid, valid, _ in self.groups]).argsort()
+
+    def _side_by_side(self, q, k, v):
         parts = []
         for grid, valid, mask in self.groups:
             part = _attention(*(x[grid].transpose(1, 2) for x in (q, k, v)), mask)  # [documents, heads, longest, head_dim]
             parts.append(part.transpose(1, 2)[valid])
         return torch.cat(parts)[self.order]
+
+    @cached_property
+    def cu_seqlens(self):
+        lengths = torch.tensor([0] + self.labels.lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return lengths.pin_memory().to(self.labels.document.device, non_blocking=True)
+
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """Which blocks of keys a block of queries needs: from that in which its first document begins to its own."""
+        labels, rule, document = self.labels, self.rule, self.labels.document
+        first = torch.searchsorted(document, document[::BLOCK].contiguous()) // BLOCK
+        own = torch.arange(len(first), device=document.device)
+        indices = (first[:, None] + own).clamp(max=len(own) - 1)  # row i: first_i, first_i + 1, ...; own - first + 1 of them
+        mask = BlockMask.from_kv_blocks((own - first + 1).int()[None, None], indices.int()[None, None], BLOCK_SIZE=BLOCK,
+                                        mask_mod=lambda b, h, q, k: rule(labels, q, k), seq_lengths=(len(document),) * 2)
+        return mask
+
+    def _flex(self, q, k, v):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        attended = _flex_attention(q)(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        return attended[0].transpose(0, 1)
+
+
+@cache
+def _compiled_flex():
+    return torch.compile(flex_attention)
+
+
+def _flex_attention(q):
+    return _compiled_flex() if q.is_cuda else flex_attention
+
+
+@cache
+def _flash_varlen():
+    """Causal flash attention, f(q, k, v, cu_seqlens, max_seqlen): flash_attn's where it is installed, else PyTorch's own."""
+    try:
+        from flash_attn import flash_attn_varlen_func
+        return lambda q, k, v, cu, longest: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+    except ImportError:
+        from torch.nn.attention.varlen import varlen_attn
+    knows_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def attend(q, k, v, cu, longest):
+        if knows_gqa:
+            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+    return attend
 
 
 def _attention(q, k, v, mask):

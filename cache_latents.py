@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Example, load_examples, num_latents, num_tokens, pack, pack_row
+from data import Example, load_examples, num_latents, num_tokens, pack, pack_row, to_device
 from load_hf_weights import base_dtype, fingerprint, load_model, resolve
 from runs import (UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, read_tensors,
                   run_main, start, write_json, write_tensors)
@@ -36,7 +36,7 @@ def encode(encoder: Encoder, examples: list[Example], r: int, k: int, row_tokens
     lengths = [num_tokens("encoder", e, r) for e in examples]
     for indices in pack(lengths, max(row_tokens, max(lengths))):
         group = [examples[i] for i in indices]
-        probs, ids = encoder(pack_row("encoder", group, r).to(device), k)
+        probs, ids = encoder(to_device(pack_row("encoder", group, r), device), k)
         sizes = [num_latents(e, r) for e in group]
         all_ids = [None] * len(group) if ids is None else ids.int().cpu().split(sizes)
         for i, alpha in zip(indices, zip(probs.half().cpu().split(sizes), all_ids)):

@@ -1,6 +1,6 @@
 """From JSONL to packed rows: examples, the four layouts (docs/METHOD.md), and packing without padding."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass, replace
 import gzip
 import heapq
 import json
@@ -9,7 +9,9 @@ import zlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
+from attention import BLOCK
 from masks import ANSWER, LATENT, PROMPT, TEXT, Labels, dual_track_positions
 from runs import UserError
 from tokenizer import END_THINK, THINK, Tokenizer
@@ -129,19 +131,38 @@ class Row:
     target_index: torch.Tensor
     targets: torch.Tensor
 
-    def to(self, device, non_blocking=False) -> "Row":
-        return Row(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
-
 
 def pack_row(name: str, examples: list[Example], r: int = 1) -> Row:
     """One packed row of `examples` in the layout `name`."""
     parts = [layout(name, e, r) for e in examples]
     ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
-    document = torch.arange(len(parts)).repeat_interleave(torch.tensor([len(p[0]) for p in parts]))
-    labels = Labels(*(x.int() for x in (document, kind, segment)))
+    lengths = [len(p[0]) for p in parts]
+    document = torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths))
+    labels = Labels(document.int(), kind.int(), segment.int(), lengths)
     is_target = (kind == TEXT) | (kind == ANSWER)  # each is predicted at the position right before it
     target_index = is_target.nonzero().squeeze(1) if name != "encoder" else torch.zeros(0, dtype=torch.long)
     return Row(ids, positions, labels, (kind == LATENT).nonzero().squeeze(1), target_index - 1, ids[target_index])
+
+
+def padded(row: Row, multiple: int) -> Row:
+    """`row` with a last document of filler, which no loss looks at, where its length is no multiple of `multiple`."""
+    old, n = row.labels, -len(row.ids) % multiple
+    if not n:
+        return row
+    ids, position_ids, kind, segment = (F.pad(x, (0, n)) for x in (row.ids, row.position_ids, old.kind, old.segment))
+    labels = Labels(F.pad(old.document, (0, n), value=len(old.lengths)), kind, segment, old.lengths + [n])
+    return replace(row, ids=ids, position_ids=position_ids, labels=labels)
+
+
+def to_device(x, device: torch.device):
+    """`x`, a tensor or a dataclass of such things, on `device`; nobody waits for the copies. Rows are padded for a GPU."""
+    if isinstance(x, torch.Tensor):
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+    if isinstance(x, Row) and device.type == "cuda":
+        x = padded(x, BLOCK)
+    if is_dataclass(x):
+        return replace(x, **{f.name: to_device(getattr(x, f.name), device) for f in fields(x)})
+    return x
 
 
 def pack(lengths: list[int], budget: int, parts: int = 1) -> list[list[int]]:

@@ -5,7 +5,8 @@ ids is None where alpha covers the full vocabulary (k = 0) and probs is [N, V].
 """
 
 import torch
-import torch.nn.functional as F
+
+from runs import fused
 
 CHUNK = 1024  # rows of vocabulary logits alive at a time
 
@@ -43,24 +44,61 @@ def induce(hidden_states: torch.Tensor, embedding: torch.Tensor, k: int) -> tupl
     return logits.softmax(-1), ids
 
 
-def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross-entropies of labels [M] under logits hidden_states [M, d] @ head^T, in float32."""
-    total = precise(hidden_states.new_zeros(()))
-    for h, y in zip(hidden_states.split(CHUNK), labels.split(CHUNK)):
-        total = total + F.cross_entropy(precise(h @ head.T), y, reduction="sum")
-    return total
+def _loss_and_gradient(logits, probs, ids, weights):
+    """Of one chunk: sum_n weights_n KL(probs_n || softmax(logits_n)), and its gradient in the logits, in their dtype."""
+    x, weights = precise(logits), weights[:, None]
+    lse = x.logsumexp(-1, keepdim=True)
+    log_q = (x if ids is None else x.gather(-1, ids)) - lse
+    loss = (weights * (torch.xlogy(probs, probs) - probs * log_q)).sum()
+    mass = weights * probs.sum(-1, keepdim=True)
+    at_ids = mass * log_q.exp() - weights * probs
+    if ids is None:
+        return loss, at_ids.to(logits.dtype)
+    return loss, (mass * (x - lse).exp()).to(logits.dtype).scatter(-1, ids, at_ids.to(logits.dtype))
+
+
+class _KLDivergence(torch.autograd.Function):
+    """sum_n weights_n KL(probs_n || q_n). Logits live for a chunk only: forward already takes the gradients, for backward
+    to scale."""
+
+    @staticmethod
+    def forward(ctx, hidden_states, head, probs, ids, weights):
+        total, weight = precise(hidden_states.new_zeros(())), head.to(hidden_states.dtype)
+        grad_hidden, grad_head = (torch.zeros_like(x) if needed else None
+                                  for x, needed in zip((hidden_states, head), ctx.needs_input_grad))
+        N, chunks = len(probs), -(-len(probs) // CHUNK)
+        for i in range(chunks):
+            part = slice(N * i // chunks, N * (i + 1) // chunks)  # all about as long
+            h = hidden_states[part]
+            logits = h @ weight.T
+            loss, grad = fused(_loss_and_gradient, logits)(logits, probs[part], None if ids is None else ids[part], weights[part])
+            total += loss
+            if grad_hidden is not None:
+                grad_hidden[part] = grad @ weight
+            if grad_head is not None:
+                grad_head += grad.T @ h
+        ctx.save_for_backward(grad_hidden, grad_head)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(None if x is None else grad * x for x in ctx.saved_tensors), None, None, None
 
 
 def kl_divergence(hidden_states, head, probs, ids, weights) -> torch.Tensor:
     """sum_n weights_n KL(alpha_n || q_n), q the softmax of the full logits hidden_states [N, d] @ head^T, in float32."""
-    total = precise(hidden_states.new_zeros(()))
-    for i in range(0, len(probs), CHUNK):
-        part = slice(i, i + CHUNK)
-        log_q = precise(hidden_states[part] @ head.T).log_softmax(-1)
-        log_q = log_q if ids is None else log_q.gather(-1, ids[part])
-        p = precise(probs[part])
-        total = total + (weights[part] * (torch.xlogy(p, p) - p * log_q).sum(-1)).sum()
-    return total
+    if not torch.is_grad_enabled():
+        hidden_states, head = hidden_states.detach(), head.detach()
+    return _KLDivergence.apply(hidden_states, head, precise(probs), ids, weights)
+
+
+def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Sum of the cross-entropies of labels [N] under logits hidden_states [N, d] @ head^T, in float32.
+
+    The KL from a distribution that is certain of its label.
+    """
+    ones = precise(hidden_states.new_ones(len(labels)))
+    return kl_divergence(hidden_states, head, ones[:, None], labels[:, None], ones)
 
 
 def gumbel_noise(probs, ids, forbidden: int, scale: float, temperature: float, tries: int = 100) -> torch.Tensor:

@@ -6,8 +6,12 @@ import torch.nn.functional as F
 
 from runs import UserError, read_tensors, write_tensors
 
+
 class Adapter(nn.Module):
-    """`x -> scale * dropout(x) A^T B^T`, with A [rank, in] and B [out, rank]; B starts at zero, so it starts as nothing."""
+    """`x -> scale * dropout(x) A^T B^T`, with A [rank, in] and B [out, rank]; B starts at zero, so it starts as nothing.
+
+    The product is taken in `project`, for all linears that read the same x.
+    """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__()
@@ -16,10 +20,6 @@ class Adapter(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=linear.weight.device))
         nn.init.kaiming_uniform_(self.lora_A, a=5 ** 0.5)
         self.scale, self.dropout = alpha / rank, dropout
-
-    def forward(self, x):
-        x = F.dropout(x, self.dropout, self.training).to(self.lora_A.dtype)
-        return F.linear(F.linear(x, self.lora_A), self.lora_B) * self.scale
 
     def delta(self) -> torch.Tensor:
         """The weight update [out, in] that this adapter stands for."""
@@ -34,8 +34,22 @@ class LoRALinear(nn.Linear):
         self.adapters = nn.ModuleDict()
 
     def forward(self, x, adapter: str | None = None):
-        y = F.linear(x, self.weight, self.bias)
-        return y if adapter is None else y + self.adapters[adapter](x).to(y.dtype)
+        return project(x, [self], adapter)[0]
+
+
+def project(x: torch.Tensor, linears: list[LoRALinear], adapter: str | None) -> list[torch.Tensor]:
+    """What each of `linears` makes of the same x [..., in]: q, k and v, or gate and up. All is computed in x's dtype.
+
+    Their adapters share one dropout and one product with A, so that a small rank still makes a matrix worth a kernel.
+    """
+    bias = lambda m: None if m.bias is None else m.bias.to(x.dtype)
+    outputs = [F.linear(x, m.weight.to(x.dtype), bias(m)) for m in linears]
+    if adapter is None:
+        return outputs
+    adapters = [m.adapters[adapter] for m in linears]
+    A = torch.cat([a.lora_A for a in adapters]).to(x.dtype)
+    low = F.linear(F.dropout(x, adapters[0].dropout, adapters[0].training), A).split([len(a.lora_A) for a in adapters], -1)
+    return [y + F.linear(h, (a.scale * a.lora_B).to(x.dtype)) for y, h, a in zip(outputs, low, adapters)]
 
 
 def _carriers(model: nn.Module):

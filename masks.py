@@ -5,7 +5,7 @@ packed row, broadcast against each other, and says for each pair whether query q
 matrix evaluates the rule on a grid. See docs/METHOD.md.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -15,18 +15,16 @@ PROMPT, TEXT, LATENT, ANSWER = 0, 1, 2, 3  # kinds: Q <think> | a chain token | 
 
 @dataclass
 class Labels:
-    """What the rules know of each token of a packed row; int32 tensors of shape [T].
+    """What the rules know of the tokens of a packed row, int32 tensors of shape [T], and how long its documents are.
 
     document: which example. kind: PROMPT, TEXT, LATENT or ANSWER. segment: i for L_i and Z_i and for the chain tokens that
     may see Z_i in the decoder layout (S_{i+1}), so a token and the latent it continues share a number; 0 elsewhere.
-    Tokens of a document stand together, in order.
+    Tokens of a document stand together, in order; `lengths` are ints on the host, so that nobody waits for a GPU to tell.
     """
     document: torch.Tensor
     kind: torch.Tensor
     segment: torch.Tensor
-
-    def to(self, device, non_blocking=False) -> "Labels":
-        return Labels(*(getattr(self, f.name).to(device, non_blocking=non_blocking) for f in fields(self)))
+    lengths: list[int]
 
 
 def causal(labels: Labels, q, k):

@@ -13,7 +13,10 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
-from lora import LoRALinear
+from torch.utils.checkpoint import checkpoint
+
+from lora import LoRALinear, project
+from runs import fused
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class RMSNorm(nn.Module):
     def forward(self, x):
         h = x.float()
         h = h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * h.to(x.dtype)
+        return self.weight.to(x.dtype) * h.to(x.dtype)
 
 
 def rotary_frequencies(config: Config) -> torch.Tensor:
@@ -67,9 +70,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class Attention(nn.Module):
-    def __init__(self, config: Config, layer: int):
+    """The projections of self-attention; what happens between them is the caller's `attend`."""
+
+    def __init__(self, config: Config):
         super().__init__()
-        self.layer, self.head_dim = layer, config.head_dim
+        self.head_dim = config.head_dim
         width, q = config.hidden_size, config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
         qkv_bias = config.model_type == "qwen2"
@@ -83,10 +88,13 @@ class Attention(nn.Module):
         else:
             self.q_norm = self.k_norm = nn.Identity()
 
-    def forward(self, x, rope, attend: Attend, adapter):
-        q, k, v = (proj(x, adapter).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        return self.o_proj(attend(self.layer, q, k, v).flatten(-2), adapter)
+    def qkv(self, x, rope, adapter):
+        projected = project(x, [self.q_proj, self.k_proj, self.v_proj], adapter)
+        q, k, v = (y.unflatten(-1, (-1, self.head_dim)) for y in projected)
+        return rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope), v
+
+    def output(self, attended, adapter):
+        return self.o_proj(attended.flatten(-2), adapter)
 
 
 class MLP(nn.Module):
@@ -97,20 +105,31 @@ class MLP(nn.Module):
         self.down_proj = LoRALinear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x, adapter):
-        return self.down_proj(F.silu(self.gate_proj(x, adapter)) * self.up_proj(x, adapter), adapter)
+        gate, up = project(x, [self.gate_proj, self.up_proj], adapter)
+        return self.down_proj(F.silu(gate) * up, adapter)
 
 
 class Block(nn.Module):
+    """One layer: what comes before attention and what comes after it, each compiled as a whole on a GPU."""
+
     def __init__(self, config: Config, layer: int):
         super().__init__()
+        self.layer = layer
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, attend: Attend, adapter):
-        x = x + self.self_attn(self.input_layernorm(x), rope, attend, adapter)
+    def before(self, x, rope, adapter):
+        return self.self_attn.qkv(self.input_layernorm(x), rope, adapter)
+
+    def after(self, x, attended, adapter):
+        x = x + self.self_attn.output(attended, adapter)
         return x + self.mlp(self.post_attention_layernorm(x), adapter)
+
+    def forward(self, x, rope, attend: Attend, adapter):
+        q, k, v = fused(Block.before, x)(self, x, rope, adapter)
+        return fused(Block.after, x)(self, x, attend(self.layer, q, k, v), adapter)
 
 
 class Model(nn.Module):
@@ -124,6 +143,7 @@ class Model(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rope_frequencies", rotary_frequencies(config), persistent=False)
+        self.checkpoint_activations = False  # True: backward recomputes each layer from its input, in less memory
 
     @property
     def head(self) -> torch.Tensor:
@@ -134,13 +154,16 @@ class Model(nn.Module):
         """inputs_embeds [T, hidden_size], position_ids int [T] -> hidden states [T, hidden_size] after the final norm.
 
         `adapter` names the LoRA adapter to use, None the base alone. Logits are `hidden_states @ model.head.T`, to be
-        taken only at the positions where they are needed.
+        taken only at the positions where they are needed. All is computed in the dtype of `inputs_embeds`.
         """
         angles = position_ids[:, None, None].float() * self.rope_frequencies  # [T, 1, head_dim / 2]
         rope = angles.cos().to(inputs_embeds.dtype), angles.sin().to(inputs_embeds.dtype)
         x = inputs_embeds
         for layer in self.layers:
-            x = layer(x, rope, attend, adapter)
+            if self.checkpoint_activations and torch.is_grad_enabled():
+                x = checkpoint(layer, x, rope, attend, adapter, use_reentrant=False)
+            else:
+                x = layer(x, rope, attend, adapter)
         return self.norm(x)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import contextmanager, suppress
+from functools import cache
 import hashlib
 import json
 import os
@@ -124,9 +125,19 @@ def from_rank0(function):
     return box[0]
 
 
+@cache
+def _compiled(function):
+    return torch.compile(function, dynamic=True)
+
+
+def fused(function, x: torch.Tensor):
+    """`function`; where `x` is on a GPU, compiled once for inputs of any length, its pointwise work fused into few kernels."""
+    return _compiled(function) if x.is_cuda else function
+
+
 # ---- run directories ----
 
-FREE = {"out", "device", "save_every", "valid_every"}  # settings that may differ when a run goes on
+FREE = {"out", "device", "save_every", "valid_every", "shard", "checkpoint_activations"}  # may differ when a run goes on
 
 
 def is_free(out: Path) -> bool:

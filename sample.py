@@ -113,11 +113,12 @@ class Sampler:
     def _admit(self, fresh: dict[int, int], prompts, hidden) -> None:
         """Reads the prompts of `fresh` {row: place} into the cache, leaves their last hidden states in `hidden` [B, d]."""
         rows, s = torch.tensor(list(fresh), device=self.device), self.settings
-        sizes = torch.tensor([len(prompts[i]) for i in fresh.values()], device=self.device)
+        lengths = [len(prompts[i]) for i in fresh.values()]
+        sizes = torch.tensor(lengths, device=self.device)
         ids = torch.tensor([t for i in fresh.values() for t in prompts[i]], device=self.device)
         document = torch.arange(len(rows), device=self.device).repeat_interleave(sizes)
         position_ids = torch.arange(len(ids), device=self.device) - (sizes.cumsum(0) - sizes)[document]
-        labels = Labels(document, torch.full_like(document, PROMPT), torch.zeros_like(document))
+        labels = Labels(document, torch.full_like(document, PROMPT), torch.zeros_like(document), lengths)
         h = self.model(self.model.embed_tokens(ids), position_ids, self.cache.prefill(rows, labels, position_ids))
         hidden[rows] = h[sizes.cumsum(0) - 1]
         self.active[rows], self.thinking[rows] = True, s.thinking == "latent"

@@ -51,9 +51,6 @@ class Rows:
     encoder: Row
     decoder: Row
 
-    def to(self, device, non_blocking=False):
-        return Rows(self.encoder.to(device, non_blocking), self.decoder.to(device, non_blocking))
-
 
 class Phase1(Task):
     def __init__(self, encoder: Encoder, r: int, k: int, learns: tuple[str, ...]):
@@ -128,7 +125,7 @@ def main():
 
     rank, world, device = start(args.device)
     torch.manual_seed(args.seed)
-    model, tokenizer, _ = load_model(args.model, device, base_dtype(device))
+    model, tokenizer, _ = load_model(args.model, "cpu" if args.shard else device, base_dtype(device))
     if args.init:
         encoder = load_encoder(args.init, model, args.lora_dropout)
         lora.load_adapter(Path(args.init) / "decoder.safetensors", model, "decoder", args.lora_dropout)

@@ -42,11 +42,6 @@ class LatentRow:
     ids: torch.Tensor | None
     weights: torch.Tensor
 
-    def to(self, device, non_blocking=False):
-        ids = None if self.ids is None else self.ids.to(device, non_blocking=non_blocking)
-        probs, weights = (x.to(device, non_blocking=non_blocking) for x in (self.probs, self.weights))
-        return LatentRow(self.row.to(device, non_blocking), probs, ids, weights)
-
 
 class Phase2(Task):
     """`noise` and `temperature` are those of latents.gumbel_noise, `end_think` the token that noise must not put on top."""
@@ -104,7 +99,7 @@ def main():
 
     rank, world, device = start(args.device)
     torch.manual_seed(args.seed)
-    model, tokenizer, _ = load_model(args.phase1, device, base_dtype(device))
+    model, tokenizer, _ = load_model(args.phase1, "cpu" if args.shard else device, base_dtype(device))
     lora.add_adapter(model, "student", args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
     plain = load_examples(args.data, tokenizer)
     made_from = identity(args.phase1, args.data, len(plain), args.compression, args.top_k)

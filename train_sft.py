@@ -13,7 +13,7 @@ import shutil
 from attention import PackedAttention
 from data import load_examples, num_targets, num_tokens, pack_row
 import latents
-from load_hf_weights import PLAIN, load_model, resolve, save_checkpoint
+from load_hf_weights import PLAIN, base_dtype, load_model, resolve, save_checkpoint
 from runs import parser, run_main, start
 from trainer import Task, add_training_arguments, train
 
@@ -33,7 +33,8 @@ class CoTSFT(Task):
         return pack_row("cot", examples)
 
     def forward(self, row):
-        h = self.model(self.model.embed_tokens(row.ids), row.position_ids, PackedAttention(row.labels))
+        x = self.model.embed_tokens(row.ids).to(base_dtype(row.ids.device))  # the weights that learn are float32
+        h = self.model(x, row.position_ids, PackedAttention(row.labels))
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out: Path):

@@ -5,7 +5,7 @@ The loss of a step is a sum over the whole batch divided by a count over the who
 """
 
 import argparse
-from contextlib import nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 import json
 import math
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 from torch import nn
 import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from data import pack
+from data import pack, to_device
 from runs import (Stopper, UserError, at_least, file_hash, from_rank0, open_run, read_tensors, share, write_json,
                   write_tensors, write_text)
 
@@ -37,7 +37,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
     def row(self, examples):
-        """A packed row of `examples`, on the CPU, with `.to(device)`."""
+        """A packed row of `examples`, on the CPU: a dataclass of tensors."""
         raise NotImplementedError
 
     def forward(self, row) -> dict[str, torch.Tensor]:
@@ -66,6 +66,10 @@ def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float,
     if lora_rank:
         p.add_argument("--lora-rank", type=at_least(1), default=lora_rank, help="rank of new adapters; alpha is twice that")
         p.add_argument("--lora-dropout", type=share, default=0.1, help="dropout before new adapters")
+        p.add_argument("--shard", action="store_true", help="less memory: every rank keeps a share of the frozen layers only")
+    else:
+        p.set_defaults(shard=False)
+    p.add_argument("--checkpoint-activations", action="store_true", help="less memory: backward computes each layer again")
 
 
 def fitting(examples: list, length, row_tokens: int, rank: int, where: str) -> list:
@@ -125,14 +129,48 @@ def _reduced(values: dict[str, float], device) -> dict[str, float]:
     return dict(zip(values, total.tolist()))
 
 
+def deal(task: Task, examples: list, row_tokens: int, rank: int, world: int) -> tuple[list[list], int]:
+    """The rows of a batch that are this rank's, and how many of the last ones only repeat the first and count for nothing.
+
+    All ranks get as many, since sharded layers are gathered by all of them together.
+    """
+    rows = pack([task.length(e) for e in examples], row_tokens, world)
+    mine = [[examples[i] for i in indices] for indices in rows[rank::world]]
+    repeats = -(-len(rows) // world) - len(mine)
+    return mine + mine[:1] * repeats, repeats
+
+
+def sum_over_ranks(parameters: list[nn.Parameter]) -> None:
+    """Adds up the gradients of all ranks, in one message."""
+    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+    dist.all_reduce(flat)
+    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
+        p.grad = grad.view_as(p)
+
+
+def shard(model, device: torch.device, world: int) -> None:
+    """Spreads the frozen layers of `model` over the ranks, which gather a layer when they need it (FSDP2).
+
+    Adapters, embeddings and head stay whole on every rank. Raises UserError without torchrun.
+    """
+    if not dist.is_initialized():
+        raise UserError("--shard: spreads a model over ranks; start the command with torchrun")
+    mesh = dist.init_device_mesh(device.type, (world,))
+    in_layers = {p for n, p in model.layers.named_parameters() if ".adapters." not in n}
+    whole = set(model.parameters()) - in_layers
+    for module in [*model.layers, model]:
+        fully_shard(module, mesh=mesh, ignored_params=whole)
+
+
 @torch.no_grad()
 def evaluate(task: Task, examples: list, args, rank: int, world: int, device) -> dict[str, float]:
     """Mean loss parts over `examples`, without noise and dropout."""
     task.eval()
     sums = {k: 0.0 for k in task.weights}
-    for indices in pack([task.length(e) for e in examples], args.row_tokens, world)[rank::world]:
-        parts = task(task.row([examples[i] for i in indices]).to(device))
-        sums = {k: sums[k] + float(parts[k]) for k in sums}
+    rows, repeats = deal(task, examples, args.row_tokens, rank, world)
+    for i, row in enumerate(rows, repeats):
+        parts, real = task(to_device(task.row(row), device)), i < len(rows)
+        sums = {k: sums[k] + real * float(parts[k]) for k in sums}
     task.train()
     counts = task.counts(examples)
     means = {k: v / counts[k] for k, v in _reduced(sums, device).items()}
@@ -157,14 +195,15 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     steps = args.max_steps or max(1, math.ceil(args.epochs * len(examples) / args.batch_size))
     valid_every = args.valid_every or max(1, steps // 10)
 
+    if args.shard:
+        shard(task.model, device, world)
+    task.model.checkpoint_activations = args.checkpoint_activations
     task.to(device).train()
     learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
     matrices, others = ([p for p in learned.values() if (p.ndim >= 2) == m] for m in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
                                   betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=device.type == "cuda")
     first = _load_state(out / "resume.safetensors", learned, optimizer) if (out / "resume.safetensors").exists() else 0
-    parallel = DistributedDataParallel(task) if world > 1 else task
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext()
     if rank == 0:
         _truncate_metrics(out / "metrics.jsonl", first)
         learning, total = (sum(p.numel() for p in ps) for ps in (learned.values(), task.parameters()))
@@ -180,21 +219,26 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     record = (lambda **values: print(json.dumps(values), file=metrics, flush=True)) if rank == 0 else (lambda **_: None)
     begin, loss, last_valid = time.time(), None, None
     bar = tqdm(total=steps, initial=first, disable=rank > 0, desc=out.name, mininterval=1, dynamic_ncols=True)
-    with Stopper() as stopper, bar:
+
+    def load(step):
+        """The batch of a step; this rank's rows of it, which a thread builds while the GPU is busy; deal's repeats."""
+        batch = [examples[i] for i in batch_indices(step, args.batch_size, len(examples), args.seed)]
+        rows, repeats = deal(task, batch, args.row_tokens, rank, world)
+        return batch, [loader.submit(task.row, row) for row in rows], repeats
+
+    with Stopper() as stopper, bar, ThreadPoolExecutor(1) as loader:
+        upcoming = load(first)
         for step in range(first, steps):
             tick = time.time()
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout and noise: nothing else to save for a resume
-            batch = [examples[i] for i in batch_indices(step, args.batch_size, len(examples), args.seed)]
-            rows = pack([task.length(e) for e in batch], args.row_tokens, world)
-            counts, sums, mine = task.counts(batch), {k: 0.0 for k in task.weights}, rows[rank::world]
-            for i, indices in enumerate(mine):
-                row = task.row([batch[j] for j in indices]).to(device, non_blocking=True)
-                last = i == len(mine) - 1  # ranks talk once per step
-                with nullcontext() if last or world == 1 else parallel.no_sync(), autocast:
-                    parts = parallel(row)
-                    loss = sum(task.weights[k] * part / counts[k] for k, part in parts.items())
-                    (loss * world).backward()  # DistributedDataParallel takes the mean over ranks; the sum is wanted
-                sums = {k: sums[k] + parts[k].detach() for k in sums}
+            (batch, rows, repeats), upcoming = upcoming, load(step + 1)
+            counts, sums = task.counts(batch), {k: 0.0 for k in task.weights}
+            for i, row in enumerate(rows, repeats):
+                parts, real = task(to_device(row.result(), device)), float(i < len(rows))
+                sum(real * task.weights[k] * part / counts[k] for k, part in parts.items()).backward()
+                sums = {k: sums[k] + real * parts[k].detach() for k in sums}
+            if world > 1:
+                sum_over_ranks(list(learned.values()))
 
             lr = learning_rate(step, steps, args.lr, args.warmup)
             for group in optimizer.param_groups:
@@ -213,8 +257,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             if valid and ((step + 1) % valid_every == 0 or step + 1 == steps):
-                with autocast:
-                    last_valid = evaluate(task, valid, args, rank, world, device)
+                last_valid = evaluate(task, valid, args, rank, world, device)
                 record(step=step + 1, **{f"valid_{k}": v for k, v in last_valid.items()})
             if stop or (step + 1) % args.save_every == 0 or step + 1 == steps:
                 save(step + 1)

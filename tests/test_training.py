@@ -208,13 +208,23 @@ def phase1_arguments(checkpoint, data, out, *more):
     return ["--step", "encoder", *sft(checkpoint, data, out), "--lora-rank", 4, "--top-k", 3, *more]
 
 
-def test_phase1_ranks(command, checkpoint, data, tmp_path):
-    """Phase 1 with 1 and 2 ranks, two steps (the second starts from a B that is no longer zero)."""
-    more = ["--max-steps", 2, "--lora-dropout", 0]
-    assert command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "one", *more))[0] == 0
-    torchrun(2, "train_phase1.py", *phase1_arguments(checkpoint, data, tmp_path / "two", *more, "--device", "cpu"))
+@pytest.mark.parametrize("flags", [[], ["--shard", "--checkpoint-activations"]])
+def test_phase1_ranks(command, checkpoint, data, tmp_path, flags):
+    """Phase 1 with 1 and 2 ranks, two steps (the second starts from a B that is no longer zero), of three examples that need
+    a row each, so that one rank has fewer; also with the layers spread over the ranks."""
+    few = tmp_path / "few.jsonl"
+    few.write_text("".join(sorted(data.read_text().splitlines(keepends=True), key=len)[-3:]))
+    lengths = [phase1_task(checkpoint()).length(e) for e in load_examples(few, load_model(checkpoint())[1])]
+    longest = max(lengths)
+    assert len(data_module.pack(lengths, longest, parts=2)) == 3
+    more = ["--max-steps", 2, "--lora-dropout", 0, "--valid", few, "--batch-size", 3, "--row-tokens", longest]
+    assert command(train_phase1.main, *phase1_arguments(checkpoint, few, tmp_path / "one", *more))[0] == 0
+    torchrun(2, "train_phase1.py", *phase1_arguments(checkpoint, few, tmp_path / "two", *more, *flags, "--device", "cpu"))
     one, two = (trainer.read_tensors(tmp_path / x / "encoder.safetensors")[0] for x in ("one", "two"))
     same(one, two)
+    first, second = (json.loads((tmp_path / x / "finished.json").read_text()) for x in ("one", "two"))
+    assert first["loss"] == pytest.approx(second["loss"], abs=1e-5)
+    assert first["valid"]["loss"] == pytest.approx(second["valid"]["loss"], abs=1e-5)
 
 
 def losses(run: Path) -> list:

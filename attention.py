@@ -13,6 +13,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from masks import Labels, causal
 from model import Config
+from runs import fused
 
 BLOCK = 128  # tokens; FlexAttention masks [BLOCK, BLOCK] of queries and keys at a time
 
@@ -30,22 +31,24 @@ class PackedAttention:
         if not q.is_cuda:
             return self._side_by_side(q, k, v)
         if self.rule is causal and q.dtype != torch.float32:
-            return _flash_varlen()(q, k, v, self.cu_seqlens, max(self.labels.lengths))
+            return _flash_varlen()(q, k, v, self.cu_seqlens, self.labels.longest)
         return self._flex(q, k, v)
 
     @cached_property
     def groups(self):
         """The documents by size class: (where their tokens are [documents, longest], which of those are real, the mask)."""
-        labels, lengths = self.labels, torch.tensor(self.labels.lengths)
-        starts, size_class = lengths.cumsum(0) - lengths, lengths.float().log2().ceil()  # within a class, at most twice as long
+        document = self.labels.document
+        starts = torch.cat([document.new_ones(1, dtype=torch.bool), document[1:] != document[:-1]]).nonzero().squeeze(1)
+        lengths = torch.diff(starts, append=starts.new_tensor([len(document)]))
+        size_class = lengths.float().log2().ceil()  # lengths of one class differ by a factor of two at most
         groups = []
         for size in size_class.unique():
             start, length = starts[size_class == size, None], lengths[size_class == size, None]
-            offset = torch.arange(int(length.max()))
+            offset = torch.arange(int(length.max()), device=document.device)
             valid = offset < length
             # beyond its end a document's last token is repeated as a query, and nobody sees it as a key
             grid = start + torch.minimum(offset, length - 1)
-            mask = self.rule(labels, grid[:, :, None], grid[:, None, :]) & valid[:, None, :]
+            mask = self.rule(self.labels, grid[:, :, None], grid[:, None, :]) & valid[:, None, :]
             groups.append((grid, valid, mask[:, None]))
         return groups
 
@@ -56,15 +59,18 @@ class PackedAttention:
 
     def _side_by_side(self, q, k, v):
         parts = []
-        for grid, valid, mask in self.groups:
-            part = _attention(*(x[grid].transpose(1, 2) for x in (q, k, v)), mask)  # [documents, heads, longest, head_dim]
+        for grid, valid, mask in self.groups:  # [documents, heads, longest, head_dim]
+            gathered = (x.index_select(0, grid.flatten()).unflatten(0, grid.shape).transpose(1, 2) for x in (q, k, v))
+            part = _attention(*gathered, mask)
             parts.append(part.transpose(1, 2)[valid])
         return torch.cat(parts)[self.order]
 
     @cached_property
     def cu_seqlens(self):
-        lengths = torch.tensor([0] + self.labels.lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return lengths.pin_memory().to(self.labels.document.device, non_blocking=True)
+        """Where each document begins, int32 [documents + 1]; those that there are not are empty ones at the end."""
+        document = self.labels.document
+        numbers = torch.arange(self.labels.documents + 1, dtype=document.dtype, device=document.device)
+        return torch.searchsorted(document, numbers, out_int32=True)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -79,17 +85,8 @@ class PackedAttention:
 
     def _flex(self, q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        attended = _flex_attention(q)(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        attended = fused(flex_attention, q)(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1])
         return attended[0].transpose(0, 1)
-
-
-@cache
-def _compiled_flex():
-    return torch.compile(flex_attention)
-
-
-def _flex_attention(q):
-    return _compiled_flex() if q.is_cuda else flex_attention
 
 
 @cache

@@ -138,30 +138,49 @@ def pack_row(name: str, examples: list[Example], r: int = 1) -> Row:
     ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
     lengths = [len(p[0]) for p in parts]
     document = torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths))
-    labels = Labels(document.int(), kind.int(), segment.int(), lengths)
+    labels = Labels(document.int(), kind.int(), segment.int(), len(parts), max(lengths))
     is_target = (kind == TEXT) | (kind == ANSWER)  # each is predicted at the position right before it
     target_index = is_target.nonzero().squeeze(1) if name != "encoder" else torch.zeros(0, dtype=torch.long)
     return Row(ids, positions, labels, (kind == LATENT).nonzero().squeeze(1), target_index - 1, ids[target_index])
 
 
-def padded(row: Row, multiple: int) -> Row:
-    """`row` with a last document of filler, which no loss looks at, where its length is no multiple of `multiple`."""
-    old, n = row.labels, -len(row.ids) % multiple
-    if not n:
-        return row
+@dataclass(frozen=True)
+class RowShape:
+    """What all rows of a training run on a GPU have in common: their tokens, and bounds on documents and on the longest one."""
+    tokens: int
+    documents: int
+    longest: int
+
+
+def row_shape(lengths: list[int], batch_size: float, row_tokens: int) -> RowShape:
+    """Rows that a step of `batch_size` examples of such lengths fills well: no more rows than `row_tokens` asks for, and those
+    no longer than an unusually long batch (by two standard deviations) needs."""
+    lengths = np.array(lengths)
+    expected = batch_size * lengths.mean() + 2 * batch_size**0.5 * lengths.std()
+    tokens = max(expected / np.ceil(expected / row_tokens), lengths.max())
+    tokens, longest = int(np.ceil(tokens / BLOCK)) * BLOCK, int(lengths.max())
+    return RowShape(tokens, tokens // int(lengths.min()) + tokens // longest + 2, longest)
+
+
+def padded(row: Row, shape: RowShape | None = None) -> Row:
+    """`row` with documents of filler, which no loss looks at, up to `shape`, or else to a multiple of BLOCK tokens."""
+    old, T = row.labels, len(row.ids)
+    shape = shape or RowShape(-(-T // BLOCK) * BLOCK, old.documents + 1, max(old.longest, BLOCK))
+    n = shape.tokens - T
     ids, position_ids, kind, segment = (F.pad(x, (0, n)) for x in (row.ids, row.position_ids, old.kind, old.segment))
-    labels = Labels(F.pad(old.document, (0, n), value=len(old.lengths)), kind, segment, old.lengths + [n])
+    document = torch.cat([old.document, old.documents + torch.arange(n, dtype=torch.int32) // shape.longest])
+    labels = Labels(document, kind, segment, shape.documents, shape.longest)
     return replace(row, ids=ids, position_ids=position_ids, labels=labels)
 
 
-def to_device(x, device: torch.device):
+def to_device(x, device: torch.device, shape: RowShape | None = None):
     """`x`, a tensor or a dataclass of such things, on `device`; nobody waits for the copies. Rows are padded for a GPU."""
     if isinstance(x, torch.Tensor):
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
     if isinstance(x, Row) and device.type == "cuda":
-        x = padded(x, BLOCK)
+        x = padded(x, shape)
     if is_dataclass(x):
-        return replace(x, **{f.name: to_device(getattr(x, f.name), device) for f in fields(x)})
+        return replace(x, **{f.name: to_device(getattr(x, f.name), device, shape) for f in fields(x)})
     return x
 
 

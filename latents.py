@@ -8,12 +8,19 @@ import torch
 
 from runs import fused
 
-CHUNK = 1024  # rows of vocabulary logits alive at a time
+LOGITS = {"cpu": 2**23, "cuda": 2**28}  # how many vocabulary logits live at a time: few stay in a cache, many fill a GPU
 
 
 def precise(x: torch.Tensor) -> torch.Tensor:
     """float32, or float64 where it is that already."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _chunks(hidden_states: torch.Tensor, vocab_size: int) -> list[slice]:
+    """Slices of the rows [N], all about as long, whose logits may live together."""
+    N = len(hidden_states)
+    count = -(-N * vocab_size // LOGITS[hidden_states.device.type])
+    return [slice(N * i // count, N * (i + 1) // count) for i in range(count)]
 
 
 def top_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -39,13 +46,14 @@ def induce(hidden_states: torch.Tensor, embedding: torch.Tensor, k: int) -> tupl
     if k == 0:
         return top_probs(hidden_states @ embedding.T, 0)
     with torch.no_grad():
-        ids = torch.cat([(h @ embedding.T).topk(k, dim=-1).indices for h in hidden_states.split(CHUNK)])
+        ids = torch.cat([(hidden_states[part] @ embedding.T).topk(k, dim=-1).indices
+                         for part in _chunks(hidden_states, len(embedding))])
     logits = (precise(hidden_states)[:, None] * precise(embedding[ids])).sum(-1)  # no matmul: autocast leaves it float32
     return logits.softmax(-1), ids
 
 
 def _loss_and_gradient(logits, probs, ids, weights):
-    """Of one chunk: sum_n weights_n KL(probs_n || softmax(logits_n)), and its gradient in the logits, in their dtype."""
+    """Of one chunk: sum_n weights_n KL(probs_n || softmax(logits_n)), and its gradient in the logits, in their dtype and place."""
     x, weights = precise(logits), weights[:, None]
     lse = x.logsumexp(-1, keepdim=True)
     log_q = (x if ids is None else x.gather(-1, ids)) - lse
@@ -54,7 +62,7 @@ def _loss_and_gradient(logits, probs, ids, weights):
     at_ids = mass * log_q.exp() - weights * probs
     if ids is None:
         return loss, at_ids.to(logits.dtype)
-    return loss, (mass * (x - lse).exp()).to(logits.dtype).scatter(-1, ids, at_ids.to(logits.dtype))
+    return loss, x.sub_(lse).exp_().mul_(mass).to(logits.dtype).scatter_(-1, ids, at_ids.to(logits.dtype))
 
 
 class _KLDivergence(torch.autograd.Function):
@@ -66,9 +74,7 @@ class _KLDivergence(torch.autograd.Function):
         total, weight = precise(hidden_states.new_zeros(())), head.to(hidden_states.dtype)
         grad_hidden, grad_head = (torch.zeros_like(x) if needed else None
                                   for x, needed in zip((hidden_states, head), ctx.needs_input_grad))
-        N, chunks = len(probs), -(-len(probs) // CHUNK)
-        for i in range(chunks):
-            part = slice(N * i // chunks, N * (i + 1) // chunks)  # all about as long
+        for part in _chunks(hidden_states, len(head)):
             h = hidden_states[part]
             logits = h @ weight.T
             loss, grad = fused(_loss_and_gradient, logits)(logits, probs[part], None if ids is None else ids[part], weights[part])

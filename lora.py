@@ -4,6 +4,7 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from latents import precise
 from runs import UserError, read_tensors, write_tensors
 
 
@@ -47,9 +48,22 @@ def project(x: torch.Tensor, linears: list[LoRALinear], adapter: str | None) -> 
     if adapter is None:
         return outputs
     adapters = [m.adapters[adapter] for m in linears]
-    A = torch.cat([a.lora_A for a in adapters]).to(x.dtype)
-    low = F.linear(F.dropout(x, adapters[0].dropout, adapters[0].training), A).split([len(a.lora_A) for a in adapters], -1)
-    return [y + F.linear(h, (a.scale * a.lora_B).to(x.dtype)) for y, h, a in zip(outputs, low, adapters)]
+    p = adapters[0].dropout if adapters[0].training else 0.0
+    if p:
+        x = x.masked_fill(_random_mask(x, p), 0)  # what is left is scaled by 1 / (1 - p), further down
+    low = F.linear(x, torch.cat([a.lora_A for a in adapters]).to(x.dtype)).split([len(a.lora_A) for a in adapters], -1)
+    deltas = [F.linear(h, (a.scale / (1 - p) * a.lora_B).to(x.dtype)) for h, a in zip(low, adapters)]
+    # added in float32: on a GPU also what keeps the compiler from an addmm, which would first copy the base's output
+    return [(precise(y) + precise(delta)).to(x.dtype) for y, delta in zip(outputs, deltas)]
+
+
+def _random_mask(x: torch.Tensor, p: float) -> torch.Tensor:
+    """bool, like x, True with probability p."""
+    if x.is_cuda:
+        return torch.rand_like(x, dtype=torch.float32) < p
+    # a CPU draws its random numbers one after the other, and one of 64 bits will do for four elements
+    bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
+    return (bits.view(torch.int16)[:x.numel()] < round(p * 2**16) - 2**15).view(x.shape)
 
 
 def _carriers(model: nn.Module):

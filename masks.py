@@ -15,16 +15,18 @@ PROMPT, TEXT, LATENT, ANSWER = 0, 1, 2, 3  # kinds: Q <think> | a chain token | 
 
 @dataclass
 class Labels:
-    """What the rules know of the tokens of a packed row, int32 tensors of shape [T], and how long its documents are.
+    """What the rules know of each token of a packed row; int32 tensors of shape [T].
 
     document: which example. kind: PROMPT, TEXT, LATENT or ANSWER. segment: i for L_i and Z_i and for the chain tokens that
     may see Z_i in the decoder layout (S_{i+1}), so a token and the latent it continues share a number; 0 elsewhere.
-    Tokens of a document stand together, in order; `lengths` are ints on the host, so that nobody waits for a GPU to tell.
+    Tokens of a document stand together, in order. `documents` and `longest` are how many there are and the tokens of the
+    longest, or more: kernels are launched for as many.
     """
     document: torch.Tensor
     kind: torch.Tensor
     segment: torch.Tensor
-    lengths: list[int]
+    documents: int
+    longest: int
 
 
 def causal(labels: Labels, q, k):

@@ -144,6 +144,7 @@ class Model(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.register_buffer("rope_frequencies", rotary_frequencies(config), persistent=False)
         self.checkpoint_activations = False  # True: backward recomputes each layer from its input, in less memory
+        self.graphs = None  # a dict: rows are replayed as CUDA graphs (graphs.py)
 
     @property
     def head(self) -> torch.Tensor:

@@ -127,11 +127,11 @@ def from_rank0(function):
 
 @cache
 def _compiled(function):
-    return torch.compile(function, dynamic=True)
+    return torch.compile(function)
 
 
 def fused(function, x: torch.Tensor):
-    """`function`; where `x` is on a GPU, compiled once for inputs of any length, its pointwise work fused into few kernels."""
+    """`function`; where `x` is on a GPU, compiled (anew only when a second size comes), its pointwise work fused into few kernels."""
     return _compiled(function) if x.is_cuda else function
 
 

@@ -118,7 +118,7 @@ class Sampler:
         ids = torch.tensor([t for i in fresh.values() for t in prompts[i]], device=self.device)
         document = torch.arange(len(rows), device=self.device).repeat_interleave(sizes)
         position_ids = torch.arange(len(ids), device=self.device) - (sizes.cumsum(0) - sizes)[document]
-        labels = Labels(document, torch.full_like(document, PROMPT), torch.zeros_like(document), lengths)
+        labels = Labels(document, torch.full_like(document, PROMPT), torch.zeros_like(document), len(lengths), max(lengths))
         h = self.model(self.model.embed_tokens(ids), position_ids, self.cache.prefill(rows, labels, position_ids))
         hidden[rows] = h[sizes.cumsum(0) - 1]
         self.active[rows], self.thinking[rows] = True, s.thinking == "latent"

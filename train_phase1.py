@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from attention import PackedAttention
 from data import Row, load_examples, num_targets, num_tokens, pack_row
+from graphs import run_row
 import latents
 from load_hf_weights import base_dtype, load_model
 import lora
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
         E = self.model.embed_tokens.weight
         x = self.model.embed_tokens(row.ids)
         x = x.index_copy(0, row.latent_index, self.latent_query.to(x.dtype).expand(len(row.latent_index), -1))
-        h = self.model(x, row.position_ids, PackedAttention(row.labels, induction), "encoder")
+        h = run_row(self.model, x, row, induction, "encoder")
         return latents.induce(h[row.latent_index], E.detach(), k)
 
 
@@ -69,7 +69,10 @@ class Phase1(Task):
         return self
 
     def length(self, example):
-        return num_tokens("encoder", example, self.r) + num_tokens("decoder", example, self.r)
+        return max(num_tokens(layout, example, self.r) for layout in ("encoder", "decoder"))
+
+    def tokens(self, example):
+        return sum(num_tokens(layout, example, self.r) for layout in ("encoder", "decoder"))
 
     def counts(self, examples):
         return {"ce": sum(num_targets("decoder", e, self.r) for e in examples)}
@@ -83,7 +86,7 @@ class Phase1(Task):
         row, E = rows.decoder, self.model.embed_tokens.weight
         x = self.model.embed_tokens(row.ids)
         x = x.index_copy(0, row.latent_index, latents.superpose(*alpha, E.detach()).to(x.dtype))
-        h = self.model(x, row.position_ids, PackedAttention(row.labels, supervision), "decoder")
+        h = run_row(self.model, x, row, supervision, "decoder")
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out: Path):

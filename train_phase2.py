@@ -11,12 +11,13 @@ from pathlib import Path
 
 import torch
 
-from attention import PackedAttention
 from cache_latents import encode, identity, read_cache
 from data import Example, Row, load_examples, num_targets, num_tokens, pack_row
+from graphs import run_row
 import latents
 from load_hf_weights import base_dtype, load_model
 import lora
+from masks import causal
 from model import Model
 from runs import at_least, finished_run, parser, run_main, start
 from train_phase1 import load_encoder
@@ -70,7 +71,7 @@ class Phase2(Task):
             probs = latents.gumbel_noise(probs, ids, self.end_think, self.noise, self.temperature)
         x = self.model.embed_tokens(row.ids)
         x = x.index_copy(0, row.latent_index, latents.superpose(probs, ids, E.detach()).to(x.dtype))
-        h = self.model(x, row.position_ids, PackedAttention(row.labels), "student")
+        h = run_row(self.model, x, row, causal, "student")
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets),
                 "kl": latents.kl_divergence(h[row.latent_index - 1], self.model.head, probs, ids, batch.weights)}
 

@@ -10,10 +10,11 @@ Q <think> </think> A.
 from pathlib import Path
 import shutil
 
-from attention import PackedAttention
 from data import load_examples, num_targets, num_tokens, pack_row
+from graphs import run_row
 import latents
 from load_hf_weights import PLAIN, base_dtype, load_model, resolve, save_checkpoint
+from masks import causal
 from runs import parser, run_main, start
 from trainer import Task, add_training_arguments, train
 
@@ -34,7 +35,7 @@ class CoTSFT(Task):
 
     def forward(self, row):
         x = self.model.embed_tokens(row.ids).to(base_dtype(row.ids.device))  # the weights that learn are float32
-        h = self.model(x, row.position_ids, PackedAttention(row.labels))
+        h = run_row(self.model, x, row, causal)
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out: Path):

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
-from data import pack, to_device
+from data import RowShape, pack, row_shape, to_device
 from runs import (Stopper, UserError, at_least, file_hash, from_rank0, open_run, read_tensors, share, write_json,
                   write_tensors, write_text)
 
@@ -29,8 +29,12 @@ class Task(nn.Module):
     weights: dict[str, float] = {"ce": 1.0}
 
     def length(self, example) -> int:
-        """Tokens that `example` takes of a row's budget."""
+        """Tokens that `example` takes of a row's budget: those of its longest layout."""
         raise NotImplementedError
+
+    def tokens(self, example) -> int:
+        """Tokens of `example` that go through the model."""
+        return self.length(example)
 
     def counts(self, examples) -> dict[str, float]:
         """The number by which the sum of each loss part over `examples` is divided."""
@@ -140,12 +144,12 @@ def deal(task: Task, examples: list, row_tokens: int, rank: int, world: int) -> 
     return mine + mine[:1] * repeats, repeats
 
 
-def sum_over_ranks(parameters: list[nn.Parameter]) -> None:
-    """Adds up the gradients of all ranks, in one message."""
-    flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
-    dist.all_reduce(flat)
+def flat_gradients(parameters: list[nn.Parameter]) -> torch.Tensor:
+    """Gives all parameters a zero gradient and returns these as one vector: ranks add it up in one message."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
     for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
         p.grad = grad.view_as(p)
+    return flat
 
 
 def shard(model, device: torch.device, world: int) -> None:
@@ -163,13 +167,13 @@ def shard(model, device: torch.device, world: int) -> None:
 
 
 @torch.no_grad()
-def evaluate(task: Task, examples: list, args, rank: int, world: int, device) -> dict[str, float]:
+def evaluate(task: Task, examples: list, row_tokens: int, shape: RowShape | None, rank: int, world: int, device) -> dict:
     """Mean loss parts over `examples`, without noise and dropout."""
     task.eval()
     sums = {k: 0.0 for k in task.weights}
-    rows, repeats = deal(task, examples, args.row_tokens, rank, world)
+    rows, repeats = deal(task, examples, row_tokens, rank, world)
     for i, row in enumerate(rows, repeats):
-        parts, real = task(to_device(task.row(row), device)), i < len(rows)
+        parts, real = task(to_device(task.row(row), device, shape)), i < len(rows)
         sums = {k: sums[k] + real * float(parts[k]) for k in sums}
     task.train()
     counts = task.counts(examples)
@@ -198,11 +202,18 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     if args.shard:
         shard(task.model, device, world)
     task.model.checkpoint_activations = args.checkpoint_activations
+    row_tokens, shape = args.row_tokens, None
+    if device.type == "cuda":
+        shape = row_shape([task.length(e) for e in examples + (valid or [])], args.batch_size / world, row_tokens)
+        row_tokens = shape.tokens
+        if not (args.shard or args.checkpoint_activations):  # these are for models so large that launches don't matter
+            task.model.graphs = {}
     task.to(device).train()
     learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
     matrices, others = ([p for p in learned.values() if (p.ndim >= 2) == m] for m in (True, False))
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
                                   betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=device.type == "cuda")
+    gradients = flat_gradients(list(learned.values()))
     first = _load_state(out / "resume.safetensors", learned, optimizer) if (out / "resume.safetensors").exists() else 0
     if rank == 0:
         _truncate_metrics(out / "metrics.jsonl", first)
@@ -223,7 +234,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     def load(step):
         """The batch of a step; this rank's rows of it, which a thread builds while the GPU is busy; deal's repeats."""
         batch = [examples[i] for i in batch_indices(step, args.batch_size, len(examples), args.seed)]
-        rows, repeats = deal(task, batch, args.row_tokens, rank, world)
+        rows, repeats = deal(task, batch, row_tokens, rank, world)
         return batch, [loader.submit(task.row, row) for row in rows], repeats
 
     with Stopper() as stopper, bar, ThreadPoolExecutor(1) as loader:
@@ -234,30 +245,30 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             (batch, rows, repeats), upcoming = upcoming, load(step + 1)
             counts, sums = task.counts(batch), {k: 0.0 for k in task.weights}
             for i, row in enumerate(rows, repeats):
-                parts, real = task(to_device(row.result(), device)), float(i < len(rows))
+                parts, real = task(to_device(row.result(), device, shape)), float(i < len(rows))
                 sum(real * task.weights[k] * part / counts[k] for k, part in parts.items()).backward()
                 sums = {k: sums[k] + real * parts[k].detach() for k in sums}
             if world > 1:
-                sum_over_ranks(list(learned.values()))
+                dist.all_reduce(gradients)
 
             lr = learning_rate(step, steps, args.lr, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             norm = nn.utils.clip_grad_norm_(learned.values(), args.clip or math.inf)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            gradients.zero_()
 
             totals = _reduced(sums | {"stop": float(stopper.asked)}, device)
             stop = totals.pop("stop") > 0
             means = {k: v / counts[k] for k, v in totals.items()}
             loss = sum(task.weights[k] * v for k, v in means.items())
-            tokens = sum(task.length(e) for e in batch)
+            tokens = sum(task.tokens(e) for e in batch)
             record(step=step + 1, loss=loss, **means, lr=lr, grad_norm=float(norm),
                    tokens_per_s=round(tokens / (time.time() - tick)))
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             if valid and ((step + 1) % valid_every == 0 or step + 1 == steps):
-                last_valid = evaluate(task, valid, args, rank, world, device)
+                last_valid = evaluate(task, valid, row_tokens, shape, rank, world, device)
                 record(step=step + 1, **{f"valid_{k}": v for k, v in last_valid.items()})
             if stop or (step + 1) % args.save_every == 0 or step + 1 == steps:
                 save(step + 1)

@@ -7,17 +7,21 @@ product's data.py and masks.py), same LoRA targets, same losses; only the machin
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from data import pack_row
-from masks import LATENT, causal, dense, induction, supervision
+from masks import LATENT, dense
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def load(directory, adapters: tuple[str, ...], rank: int, dtype, device):
-    """A PEFT model with one LoRA adapter per name."""
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype, attn_implementation="sdpa").to(device)
+def build(directory, weights: dict[str, torch.Tensor], adapters: tuple[str, ...], rank: int, dtype, device):
+    """A PEFT model of the shape in directory/config.json with these base weights, and one LoRA adapter per name."""
+    config = AutoConfig.from_pretrained(directory)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
+    missing, extra = model.load_state_dict(weights, strict=False)
+    assert not extra and set(missing) <= {"lm_head.weight"}, (missing, extra)
     for i, name in enumerate(adapters):
         config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.1, target_modules=TARGETS, task_type="CAUSAL_LM")
         if i == 0:
@@ -54,26 +58,25 @@ def hidden_states(model, batch, embeds):
                                  use_cache=False).last_hidden_state
 
 
-def phase1_loss(model, latent_query, examples, r: int, k: int, device) -> torch.Tensor:
-    """Joint phase 1: encoder and decoder forward on padded batches, logits at every position."""
+def phase1_loss(model, latent_query, batch, decoder_batch, k: int) -> torch.Tensor:
+    """Joint phase 1: encoder and decoder forward on padded batches of both layouts, logits at every position."""
     E = backbone(model).get_input_embeddings().weight
     model.set_adapter("encoder")
-    batch = padded("encoder", examples, r, induction, device)
     embeds = torch.where(batch["is_latent"][..., None], latent_query.to(E.dtype), E[batch["ids"]])
     top, ids = (hidden_states(model, batch, embeds) @ E.T).float().topk(k, dim=-1)
     alpha = top.softmax(-1)[batch["is_latent"]]
     z = torch.einsum("nk,nkd->nd", alpha.to(E.dtype), E[ids[batch["is_latent"]]])
     model.set_adapter("decoder")
-    batch = padded("decoder", examples, r, supervision, device)
+    batch = decoder_batch
     embeds = E[batch["ids"]].masked_scatter(batch["is_latent"][..., None], z)
     logits = backbone(model).lm_head(hidden_states(model, batch, embeds)).float()
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
 
 
-def phase2_loss(model, examples, r: int, device) -> torch.Tensor:
-    """Phase 2 on examples with `probs` and `ids`: CE on the answer, KL at the position before each latent."""
+def phase2_loss(model, batch, examples) -> torch.Tensor:
+    """Phase 2 on a padded batch of `examples` with `probs` and `ids`: CE on the answer, KL at the position before each latent."""
     E = backbone(model).get_input_embeddings().weight
-    batch = padded("latent", examples, r, causal, device)
+    device = E.device
     probs = torch.cat([e.probs for e in examples]).float().to(device)
     ids = torch.cat([e.ids for e in examples]).long().to(device)
     z = torch.einsum("nk,nkd->nd", probs.to(E.dtype), E[ids])

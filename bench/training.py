@@ -1,15 +1,22 @@
 """Training speed, ours beside the reference, in one run on the same examples.
 
-    python bench/training.py --model DIR --data gsm8k-nl-train.jsonl [--batch-size 8] [--steps 3] [--phase 1 2]
+    python bench/training.py --model DIR --data gsm8k-nl-train.jsonl
+    python bench/training.py --model DIR --data gsm8k-nl-train.jsonl --shape 1.24b --batch-size 32 --reference-batch-size 8 16 32
 
-Prints real tokens per second (both layouts of phase 1 counted, padding not), peak memory on a GPU, and the ratio. A step is
-forward, backward and AdamW. Both sides are warmed up by one step; rounds alternate, and the median round counts.
+DIR gives tokenizer and weights; with --shape it gives the tokenizer only, and the weights are random. A step is forward,
+backward and AdamW on --batch-size examples; the reference may take another number at a time, its best one counts. First both
+sides take the loss of the same examples without dropout, and the difference is printed. Real tokens are counted (both layouts of
+phase 1; padding not), and the floating-point operations that LoRA training cannot do without: see `flops`.
 """
 
 import argparse
+from functools import partial
+import itertools
+import json
 from pathlib import Path
 import statistics
 import sys
+import tempfile
 import time
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,98 +24,266 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 
 import data  # noqa: E402
-from load_hf_weights import base_dtype, load_model  # noqa: E402
+from load_hf_weights import base_dtype, hf_name, load_checkpoint, read_config  # noqa: E402
 import lora  # noqa: E402
+from masks import causal, dense, induction, supervision  # noqa: E402
+from model import Model, rotary_frequencies  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
 from train_phase1 import LEARNS, Encoder, Phase1  # noqa: E402
 from train_phase2 import LatentExample, Phase2  # noqa: E402
+from trainer import deal, flat_gradients  # noqa: E402
 import reference  # noqa: E402
 
+LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}
+SHAPES = {  # the config.json of SmolLM2-135M, Llama-3.2-1B and Qwen2.5-7B, as far as it matters
+    "135m": dict(model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
+                 num_attention_heads=9, num_key_value_heads=3, rms_norm_eps=1e-5, rope_theta=100000.0, tie_word_embeddings=True),
+    "1.24b": dict(model_type="llama", vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+                  num_attention_heads=32, num_key_value_heads=8, head_dim=64, rms_norm_eps=1e-5, rope_theta=500000.0,
+                  rope_scaling=LLAMA3, tie_word_embeddings=True),
+    "7b": dict(model_type="qwen2", vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+               num_attention_heads=28, num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=1000000.0, tie_word_embeddings=False),
+}
+PEAK = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}  # FLOP/s in dense bf16, from the data sheets
+ADAPTERS = {1: ("encoder", "decoder"), 2: ("student",)}
+WARM_UP = {"cuda": 4, "cpu": 1}  # steps
+RULES = {1: {"encoder": induction, "decoder": supervision}, 2: {"latent": causal}}
 
-def ours(directory, phase: int, examples, args, device):
-    """(step function, tokens per step)."""
-    model, _, _ = load_model(directory, device, base_dtype(device))
-    for name in ("encoder", "decoder") if phase == 1 else ("student",):
+
+def flops(config, phase: int, examples, args) -> float:
+    """Of one step, the operations that cannot be left out.
+
+    A frozen weight costs 4 per token (forward, and the gradient of its input), a LoRA weight 6, an allowed pair of query and key
+    12 per channel and layer, a vocabulary weight 4 per label (in phase 2 per latent too) and 2 where an encoder asks for its top k.
+    """
+    d, ff, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    shapes = [(d, heads), (d, kv), (d, kv), (heads, d), (d, ff), (d, ff), (ff, d)]
+    weights = config.num_hidden_layers * sum(a * b for a, b in shapes)
+    lora_weights = config.num_hidden_layers * sum(args.lora_rank * (a + b) for a, b in shapes)
+    rows = [(rule, data.pack_row(layout, [e], args.compression)) for layout, rule in RULES[phase].items() for e in examples]
+    tokens, pairs = sum(len(row.ids) for _, row in rows), sum(int(dense(rule, row.labels).sum()) for rule, row in rows)
+    labels, latents = sum(len(row.targets) for _, row in rows), sum(data.num_latents(e, args.compression) for e in examples)
+    head = config.vocab_size * d * (4 * labels + (2 if phase == 1 else 4) * latents)
+    return tokens * (4 * weights + 6 * lora_weights) + 12 * pairs * heads * config.num_hidden_layers + head
+
+
+def base_model(args, device) -> Model:
+    if not args.shape:
+        return load_checkpoint(args.model, device, base_dtype(device))
+    with torch.device("meta"):
+        model = Model(args.config)
+    model = model.to_empty(device=device).to(base_dtype(device))
+    model.rope_frequencies = rotary_frequencies(args.config).to(device)
+    return model.initialize(torch.Generator(device).manual_seed(1)).requires_grad_(False)
+
+
+def our_task(phase: int, args, device):
+    torch.manual_seed(1)
+    model = base_model(args, device)
+    for name in ADAPTERS[phase]:
         lora.add_adapter(model, name, args.lora_rank, 2 * args.lora_rank, 0.1)
-    task = Phase1(Encoder(model), args.compression, args.top_k, LEARNS["joint"]) if phase == 1 else \
-        Phase2(model, args.compression, 1.0, 1.0, 0.0, 1.0)
-    task.to(device).train()
-    optimizer = torch.optim.AdamW([p for p in task.parameters() if p.requires_grad], lr=1e-5, fused=device.type == "cuda")
-
-    def step():
-        counts = task.counts(examples)
-        for indices in data.pack([task.length(e) for e in examples], args.row_tokens):
-            row = task.row([examples[i] for i in indices]).to(device)
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                sum(part / counts[k] for k, part in task(row).items()).backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step, sum(task.length(e) for e in examples)
+        for key, p in lora.adapter_parameters(model, name).items():
+            if key.endswith("lora_B"):
+                p.data.normal_(0, 0.01)  # as if training had gone on for a while
+    task = Phase1(Encoder(model), args.compression, args.top_k, LEARNS["joint"]) if phase == 1 else Phase2(model, args.compression)
+    model.checkpoint_activations = args.checkpoint_activations
+    return task.to(device)
 
 
-def theirs(directory, phase: int, examples, args, device):
-    """The reference's step function."""
-    names = ("encoder", "decoder") if phase == 1 else ("student",)
-    model = reference.load(directory, names, args.lora_rank, base_dtype(device), device)
+def ours(phase: int, batches, args, device):
+    """(step function of a batch's number, loss of the first batch without dropout). Rows are built beforehand: see trainer.py."""
+    task = our_task(phase, args, device)
+    learned, tokens, shape = [p for p in task.parameters() if p.requires_grad], args.row_tokens, None
+    gradients, optimizer = flat_gradients(learned), torch.optim.AdamW(learned, lr=1e-6, fused=device.type == "cuda")
+    if device.type == "cuda":
+        shape = data.row_shape([task.length(e) for batch in batches for e in batch], len(batches[0]), args.row_tokens)
+        tokens, task.model.graphs = shape.tokens, None if args.checkpoint_activations else {}
+        print(f"    rows of {tokens} tokens")
+    rows = [[task.row(row) for row in deal(task, batch, tokens, 0, 1)[0]] for batch in batches]
+
+    def step(i, learn=True):
+        counts, total = task.counts(batches[i]), 0.0
+        for row in rows[i]:
+            loss = sum(part / counts[k] for k, part in task(data.to_device(row, device, shape)).items())
+            total += loss.detach()
+            if learn:
+                loss.backward()
+        if learn:
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            gradients.zero_()
+        return float(total)
+    with torch.no_grad():
+        loss = task.eval() and step(0, learn=False)
+    task.train()
+    return step, loss
+
+
+def theirs(phase: int, batches, args, device):
+    """The same of the reference, with the weights of ours. Batches are padded beforehand."""
+    source = our_task(phase, args, device)
+    weights = {hf_name(n): p for n, p in source.model.named_parameters() if ".adapters." not in n}
+    model = reference.build(args.directory, weights, ADAPTERS[phase], args.lora_rank, base_dtype(device), device)
+    adapters = {f"{key}.{name}.weight": p for name in ADAPTERS[phase]
+                for key, p in lora.adapter_parameters(source.model, name).items()}
     for n, p in model.named_parameters():
         p.requires_grad_("lora_" in n)
-    query = torch.nn.Parameter(reference.backbone(model).get_input_embeddings().weight.float().mean(0))
-    learned = [query] + [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(learned, lr=1e-5)
+        if "lora_" in n:
+            p.data.copy_(adapters[n.removeprefix("base_model.model.model.")])
+    query = torch.nn.Parameter(source.encoder.latent_query.detach().clone()) if phase == 1 else None
+    del source, weights, adapters
+    learned = [p for p in [query, *model.parameters()] if p is not None and p.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=1e-6, fused=device.type == "cuda")
+    padded = [[reference.padded(layout, batch, args.compression, rule, device) for layout, rule in RULES[phase].items()]
+              for batch in batches]
 
-    def step():
+    def step(i, learn=True):
         with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-            loss = reference.phase1_loss(model, query, examples, args.compression, args.top_k, device) if phase == 1 else \
-                reference.phase2_loss(model, examples, args.compression, device)
-        for p in learned:  # set_adapter freezes the adapters that are not in use
-            p.requires_grad_(True)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    return step
+            loss = reference.phase1_loss(model, query, *padded[i], args.top_k) if phase == 1 else \
+                reference.phase2_loss(model, *padded[i], batches[i])
+        if learn:
+            for p in learned:  # set_adapter freezes the adapters that are not in use
+                p.requires_grad_(True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(learned, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(loss.detach())
+    with torch.no_grad():
+        model.eval()
+        loss = step(0, learn=False)
+    model.train()
+    return step, loss
 
 
-def timed(step, device) -> tuple[float, float]:
-    """Seconds of one step, and peak GiB."""
+def timed(function, device) -> float:
+    """Seconds that a call takes."""
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    step()
+    function()
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - begin, torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else 0.0
+    return time.perf_counter() - begin
+
+
+def measured(make, batches, args, device, profile_to=None):
+    """(seconds of all timed steps, peak GiB, loss) of a side, which is built, warmed up, timed and thrown away.
+
+    None if it does not fit. The first WARM_UP batches warm up, each of the others is timed once.
+    """
+    torch.cuda.empty_cache()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        step, loss = make(batches, args, device)
+        seconds = [timed(partial(step, i), device) for i in range(len(batches))][WARM_UP[device.type]:]
+        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+        if profile_to:
+            profile(partial(step, 0), profile_to)
+    except torch.cuda.OutOfMemoryError:
+        return None
+    return sum(seconds), memory, loss
+
+
+def matmul_rate(device, dtype) -> float:
+    """FLOP/s of a large matrix product of random numbers: what the floor is reckoned with."""
+    n = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(3):
+        a @ b
+    return 2 * n**3 / statistics.median(timed(lambda: a @ b, device) for _ in range(20))
+
+
+def profile(step, path: Path) -> None:
+    """Writes where the GPU's time of one step goes, kernel by kernel, and prints the sum by kind of kernel."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    from torch.profiler import ProfilerActivity
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as p:
+        timed(step, torch.device("cuda"))
+    kernels = [(e.key, e.count, e.self_device_time_total / 1000) for e in p.key_averages() if e.self_device_time_total and e.device_type.name == "CUDA"]
+    kernels.sort(key=lambda x: -x[2])
+    path.write_text("".join(f"{ms:10.3f} ms {count:6d} x {name}\n" for name, count, ms in kernels))
+    kinds = {"flex attention": ("flex",), "flash attention": ("flash",), "top k": ("topk", "radix", "sort", "bitonic"),
+             "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitK"), "optimizer": ("multi_tensor", "Adam"),
+             "fused pointwise": ("triton",), "copies": ("Memcpy", "copy")}
+    sums = dict.fromkeys([*kinds, "other"], 0.0)
+    for name, _, ms in kernels:
+        sums[next((kind for kind, words in kinds.items() if any(w in name for w in words)), "other")] += ms
+    print("    GPU time, ms: " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in sums.items()) + f"; all {sum(sums.values()):.1f}")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
+    p.add_argument("--shape", choices=SHAPES)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--phase", type=int, nargs="+", default=[1, 2])
     p.add_argument("--batch-size", type=int, default=8)
-    p.add_argument("--steps", type=int, default=3)
+    p.add_argument("--reference-batch-size", type=int, nargs="*", help="none: ours alone; default: --batch-size")
+    p.add_argument("--rounds", type=int, default=5)
     p.add_argument("--row-tokens", type=int, default=8192)
     p.add_argument("--compression", type=int, default=2)
     p.add_argument("--top-k", type=int, default=10)
     p.add_argument("--lora-rank", type=int, default=64)
+    p.add_argument("--checkpoint-activations", action="store_true", help="ours only")
+    p.add_argument("--profile", metavar="DIR", help="also write a kernel table of a step of ours; CUDA only")
     args = p.parse_args()
+    sizes = [args.batch_size] if args.reference_batch_size is None else args.reference_batch_size
     device = torch.device(args.device)
-    _, tokenizer, _ = load_model(args.model)
-    examples = data.load_examples(args.data, tokenizer)[:args.batch_size]
-    with_latents = [LatentExample(**vars(e), probs=torch.rand(n, args.top_k).softmax(-1), ids=torch.randint(1000, (n, args.top_k)))
-                    for e in examples for n in [data.num_latents(e, args.compression)]]
+    config = json.loads((Path(args.model) / "config.json").read_text())
+    tokenizer = Tokenizer(args.model, config["model_type"])
+    with tempfile.TemporaryDirectory() as directory:
+        args.directory = directory if args.shape else args.model
+        if args.shape:
+            (Path(directory) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
+        args.config = read_config(args.directory)
+        run(args, sizes, device, tokenizer)
+
+
+def run(args, sizes, device, tokenizer) -> None:
+    warm_up = WARM_UP[device.type]
+    examples = data.load_examples(args.data, tokenizer)[:max([args.batch_size, *sizes]) * (warm_up + args.rounds)]
+    generator = torch.Generator().manual_seed(1)
+    alpha = lambda n: dict(probs=torch.rand(n, args.top_k, generator=generator).softmax(-1),
+                           ids=torch.stack([torch.randperm(1000, generator=generator)[:args.top_k] for _ in range(n)]))
+    with_latents = [LatentExample(**vars(e), **alpha(data.num_latents(e, args.compression))) for e in examples]
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {args.batch_size} examples a step, r = {args.compression}, LoRA rank {args.lora_rank}")
-    print("| phase | ours, tokens/s | reference, tokens/s | ratio | ours, GiB | reference, GiB |\n| --- | --- | --- | --- | --- | --- |")
+    rate = matmul_rate(device, base_dtype(device))
+    print(f"{name}, torch {torch.__version__}, {args.shape or args.model}, r = {args.compression}, LoRA rank {args.lora_rank}, "
+          f"{base_dtype(device)}, matrix products at {rate / 1e12:.3g} TFLOP/s")
     for phase in args.phase:
-        batch = examples if phase == 1 else with_latents
-        mine, tokens = ours(args.model, phase, batch, args, device)
-        reference_step = theirs(args.model, phase, batch, args, device)
-        mine(), reference_step()
-        rounds = [(timed(mine, device), timed(reference_step, device)) for _ in range(args.steps)]
-        a, b = (statistics.median(x[i][0] for x in rounds) for i in (0, 1))
-        memory = [max(x[i][1] for x in rounds) for i in (0, 1)]
-        print(f"| {phase} | {tokens / a:,.0f} | {tokens / b:,.0f} | {b / a:.2f} | {memory[0]:.1f} | {memory[1]:.1f} |", flush=True)
+        pool = examples if phase == 1 else with_latents
+        batches = lambda n: [pool[n * i:n * (i + 1)] for i in range(warm_up + args.rounds)]
+        tokens = lambda n: sum(len(data.layout(layout, e, args.compression)[0]) for layout in RULES[phase]
+                               for batch in batches(n)[warm_up:] for e in batch)
+        n = args.batch_size
+        path = args.profile and Path(args.profile) / f"{args.shape}-phase{phase}.txt"
+        result = measured(partial(ours, phase), batches(n), args, device, path)
+        if result is None:
+            print(f"phase {phase}, ours, {n} examples a step: out of memory", flush=True)
+            continue
+        seconds, memory, loss = result
+        needed = sum(flops(args.config, phase, batch, args) for batch in batches(n)[warm_up:])
+        share = f", {needed / seconds / PEAK[name]:.1%} of the data sheet's peak" if name in PEAK else ""
+        print(f"phase {phase}, ours, {n} examples a step: {tokens(n) / seconds:,.0f} tokens/s, {memory:.1f} GiB, "
+              f"{1000 * seconds / args.rounds:.1f} ms a step, {needed / seconds / rate:.1%} of the matrix products' rate{share}", flush=True)
+        best = 0.0
+        for m in sizes:
+            result = measured(partial(theirs, phase), batches(m), args, device)
+            if result is None:
+                print(f"phase {phase}, reference, {m} examples a step: out of memory", flush=True)
+                continue
+            reference_seconds, reference_memory, reference_loss = result
+            best = max(best, tokens(m) / reference_seconds)
+            difference = f", loss differs by {abs(loss - reference_loss) / loss:.1e} of it" if m == n else ""
+            print(f"phase {phase}, reference, {m} examples a step: {tokens(m) / reference_seconds:,.0f} tokens/s, "
+                  f"{reference_memory:.1f} GiB{difference}", flush=True)
+        if best:
+            print(f"phase {phase}: ours is {tokens(n) / seconds / best:.2f} times as fast", flush=True)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ["OMP_NUM_THREADS"] = "1"  # everything here is small; for the processes that tests start
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # and exact: comparisons to 1e-5 are for float32 on a CPU, also where a GPU is
 torch.set_num_threads(1)
 
 import demo  # noqa: E402
 import runs  # noqa: E402
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a GPU; `-m gpu` runs these alone")
+    if config.option.markexpr != "gpu":  # comparisons to 1e-5 are for float32 on a CPU, also where a GPU is
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 VOCAB = 272  # rows of the tiny models' embedding; the demo tokenizer has 263 ids
 SHAPE = dict(vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,

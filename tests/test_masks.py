@@ -60,7 +60,7 @@ def test_against_brute_force(name):
 
 
 def test_documents_need_not_be_numbered_from_zero():
-    labels = masks.Labels(torch.tensor([5, 5, 9]), torch.zeros(3), torch.zeros(3), [2, 1])
+    labels = masks.Labels(torch.tensor([5, 5, 9]), torch.zeros(3), torch.zeros(3), 2, 2)
     assert masks.dense(masks.causal, labels).tolist() == [[True, False, False], [True, True, False], [False, False, True]]
 
 

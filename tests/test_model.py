@@ -20,7 +20,7 @@ KINDS = [(kind, tied) for kind in ("llama", "qwen2", "qwen3") for tied in (True,
 
 def labels_of(lengths) -> masks.Labels:
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return masks.Labels(document, torch.zeros_like(document), torch.zeros_like(document), list(lengths))
+    return masks.Labels(document, torch.zeros_like(document), torch.zeros_like(document), len(lengths), max(lengths))
 
 
 def logits_of(model, ids, lengths):

@@ -85,7 +85,11 @@ class PackedAttention:
 
     def _flex(self, q, k, v):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        attended = fused(flex_attention, q)(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        options = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}  # every query sees itself; see block_mask
+        if q.dtype != torch.float32:
+            options["fwd_BLOCK_N"] = 64  # with short documents more than twice as fast as the default of 128
+        attended = fused(flex_attention, q)(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1],
+                                            kernel_options=options if q.is_cuda else None)
         return attended[0].transpose(0, 1)
 
 
@@ -97,13 +101,11 @@ def _flash_varlen():
         return lambda q, k, v, cu, longest: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
-    knows_gqa = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
     def attend(q, k, v, cu, longest):
-        if knows_gqa:
-            return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), enable_gqa=True)
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0))
+        if not gqa: k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # PROBE
+        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **gqa)
     return attend
 
 

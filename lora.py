@@ -43,27 +43,60 @@ def project(x: torch.Tensor, linears: list[LoRALinear], adapter: str | None) -> 
 
     Their adapters share one dropout and one product with A, so that a small rank still makes a matrix worth a kernel.
     """
-    bias = lambda m: None if m.bias is None else m.bias.to(x.dtype)
-    outputs = [F.linear(x, m.weight.to(x.dtype), bias(m)) for m in linears]
+    weights, biases = zip(*((m.weight.to(x.dtype), None if m.bias is None else m.bias.to(x.dtype)) for m in linears))
     if adapter is None:
-        return outputs
+        return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases)]
     adapters = [m.adapters[adapter] for m in linears]
     p = adapters[0].dropout if adapters[0].training else 0.0
-    if p:
-        x = x.masked_fill(_random_mask(x, p), 0)  # what is left is scaled by 1 / (1 - p), further down
-    low = F.linear(x, torch.cat([a.lora_A for a in adapters]).to(x.dtype)).split([len(a.lora_A) for a in adapters], -1)
-    deltas = [F.linear(h, (a.scale / (1 - p) * a.lora_B).to(x.dtype)) for h, a in zip(low, adapters)]
-    # added in float32: on a GPU also what keeps the compiler from an addmm, which would first copy the base's output
-    return [(precise(y) + precise(delta)).to(x.dtype) for y, delta in zip(outputs, deltas)]
+    dropped = x.masked_fill(_random_mask(x, p), 0) if p else x  # what is left is scaled by 1 / (1 - p), with B
+    A = torch.cat([a.lora_A for a in adapters]).to(x.dtype)
+    low = F.linear(dropped, A).split([len(a.lora_A) for a in adapters], -1)
+    B = [(a.scale / (1 - p) * a.lora_B).to(x.dtype) for a in adapters]
+    return [_joined(x, *arguments) for arguments in zip(low, weights, B, biases)]
+
+
+def _joined(x, low, W, B, bias):
+    """x W^T + low B^T + bias, rounded once."""
+    if len(W) > W.shape[1]:  # wider than x
+        return _JoinedProduct.apply(x, low, W, B, bias)
+    # adding in float32 also keeps torch.compile from an addmm, which would first copy the base's output
+    return (precise(F.linear(x, W, bias)) + precise(F.linear(low, B))).to(x.dtype)
+
+
+class _JoinedProduct(torch.autograd.Function):
+    """The same as one product, [x low] [W B]^T, for a frozen W [out, in] and a B [out, rank] that learns.
+
+    Two products would write and read their wide result twice, which costs a GPU more than the small product itself.
+    """
+
+    @staticmethod
+    def forward(ctx, x, low, W, B, bias):
+        ctx.save_for_backward(low, W, B)
+        return F.linear(torch.cat([x, low], -1), torch.cat([W, B], -1), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        low, W, B = ctx.saved_tensors
+        grad_x, grad_low = (grad @ torch.cat([W, B], -1)).split([W.shape[1], B.shape[1]], -1)
+        return grad_x, grad_low, None, grad.flatten(0, -2).T @ low.flatten(0, -2), None
 
 
 def _random_mask(x: torch.Tensor, p: float) -> torch.Tensor:
     """bool, like x, True with probability p."""
     if x.is_cuda:
-        return torch.rand_like(x, dtype=torch.float32) < p
+        seed = torch.randint(2**31 - 1, (), device=x.device).int()
+        return _hash(torch.arange(x.numel(), dtype=torch.int32, device=x.device), seed).view(x.shape) < round((p - 0.5) * 2**32)
     # a CPU draws its random numbers one after the other, and one of 64 bits will do for four elements
     bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-2**63, None)
-    return (bits.view(torch.int16)[:x.numel()] < round(p * 2**16) - 2**15).view(x.shape)
+    return (bits.view(torch.int16)[:x.numel()] < round((p - 0.5) * 2**16)).view(x.shape)
+
+
+def _hash(index: torch.Tensor, seed: torch.Tensor) -> torch.Tensor:
+    """Well-mixed int32 from int32 indices and a random seed: for a dropout as good as PyTorch's numbers, which, computed inside a
+    fused kernel, take longer than all else that it does."""
+    for multiplier in (0x7FEB352D, 0x2C1B3C6D, 0x297A2D39):
+        index = (index ^ (index >> 16 & 0xFFFF)) * multiplier ^ seed
+    return index ^ (index >> 16 & 0xFFFF)
 
 
 def _carriers(model: nn.Module):

@@ -180,7 +180,7 @@ def measured(make, batches, args, device, profile_to=None):
     try:
         step, loss = make(batches, args, device)
         seconds = [timed(partial(step, i), device) for i in range(len(batches))][WARM_UP[device.type]:]
-        memory = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+        memory = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else float("nan")
         if profile_to:
             profile(partial(step, 0), profile_to)
     except torch.cuda.OutOfMemoryError:

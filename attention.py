@@ -101,12 +101,9 @@ def _flash_varlen():
         return lambda q, k, v, cu, longest: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
+    # torch 2.11 takes fewer heads of k and v without being told
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-
-    def attend(q, k, v, cu, longest):
-        if not gqa: k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))  # PROBE
-        return varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **gqa)
-    return attend
+    return lambda q, k, v, cu, longest: varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **gqa)
 
 
 def _attention(q, k, v, mask):

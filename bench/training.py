@@ -169,23 +169,24 @@ def timed(function, device) -> float:
     return time.perf_counter() - begin
 
 
-def measured(make, batches, args, device, profile_to=None):
-    """(seconds of all timed steps, peak GiB, loss) of a side, which is built, warmed up, timed and thrown away.
+def measured(sides, args, device, profile_to=None) -> list:
+    """(seconds of all timed steps, peak GiB, loss) for each (make, batches) of `sides`, which take their steps in turn.
 
-    None if it does not fit. The first WARM_UP batches warm up, each of the others is timed once.
+    Nones if they do not fit. The first WARM_UP batches warm up, each of the others is timed once. Memory is what was taken
+    from the GPU, the allocator's reserve included.
     """
-    torch.cuda.empty_cache()
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        step, loss = make(batches, args, device)
-        seconds = [timed(partial(step, i), device) for i in range(len(batches))][WARM_UP[device.type]:]
+        steps, losses = zip(*(make(batches, args, device) for make, batches in sides))
+        seconds = [[timed(partial(step, i), device) for step in steps] for i in range(WARM_UP[device.type] + args.rounds)]
         memory = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else float("nan")
         if profile_to:
-            profile(partial(step, 0), profile_to)
+            profile(partial(steps[0], 0), profile_to)
     except torch.cuda.OutOfMemoryError:
-        return None
-    return sum(seconds), memory, loss
+        return [None] * len(sides)
+    return [(sum(times), memory, loss) for times, loss in zip(zip(*seconds[WARM_UP[device.type]:]), losses)]
 
 
 def matmul_rate(device, dtype) -> float:
@@ -262,7 +263,11 @@ def run(args, sizes, device, tokenizer) -> None:
                                for batch in batches(n)[warm_up:] for e in batch)
         n = args.batch_size
         path = args.profile and Path(args.profile) / f"{args.shape}-phase{phase}.txt"
-        result = measured(partial(ours, phase), batches(n), args, device, path)
+        sides = [(partial(ours, phase), batches(n))] + [(partial(theirs, phase), batches(m)) for m in sizes]
+        if device.type == "cpu":  # others may be at work on the machine: both sides suffer alike
+            result, *references = measured(sides, args, device)
+        else:
+            result, *references = [measured([side], args, device, None if i else path)[0] for i, side in enumerate(sides)]
         if result is None:
             print(f"phase {phase}, ours, {n} examples a step: out of memory", flush=True)
             continue
@@ -272,8 +277,7 @@ def run(args, sizes, device, tokenizer) -> None:
         print(f"phase {phase}, ours, {n} examples a step: {tokens(n) / seconds:,.0f} tokens/s, {memory:.1f} GiB, "
               f"{1000 * seconds / args.rounds:.1f} ms a step, {needed / seconds / rate:.1%} of the matrix products' rate{share}", flush=True)
         best = 0.0
-        for m in sizes:
-            result = measured(partial(theirs, phase), batches(m), args, device)
+        for m, result in zip(sizes, references):
             if result is None:
                 print(f"phase {phase}, reference, {m} examples a step: out of memory", flush=True)
                 continue

@@ -84,3 +84,16 @@ def test_save_and_load(pair, checkpoint, tmp_path):
     assert torch.equal(forward(fresh, "other"), forward(model, "encoder"))
     with pytest.raises(UserError, match="layers.0.self_attn.q_proj.lora_B is misshapen"):
         lora.load_adapter(tmp_path / "a.safetensors", load_checkpoint(checkpoint("qwen3", True)), "other")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 0.5])
+def test_dropout_masks(p):
+    """Both ways to draw them: the right share, independent of the mask before and of the elements beside."""
+    x = torch.zeros(1000, 700)
+    index, seeds = torch.arange(x.numel(), dtype=torch.int32), torch.tensor([3, 4, 123456789], dtype=torch.int32)
+    hashed = [lora._hash(index, seed) for seed in seeds]
+    assert all(len(h.unique()) == len(index) for h in hashed)
+    for drawn in ([h < round((p - 0.5) * 2**32) for h in hashed], [lora._random_mask(x, p).flatten() for _ in range(3)]):
+        for a, b in ((drawn[0], drawn[1]), (drawn[0], drawn[2]), (drawn[1][:-1], drawn[1][1:]), (drawn[2][:-700], drawn[2][700:])):
+            assert float(a.float().mean()) == pytest.approx(p, abs=3e-3)
+            assert float((a & b).float().mean()) == pytest.approx(p * p, abs=3e-3)

@@ -1,0 +1,146 @@
+"""What a GPU adds to packed rows, as far as a CPU can show it: FlexAttention's blocks, filler, compilation, recomputation."""
+
+from dataclasses import replace
+import functools
+import random
+
+import pytest
+import torch
+from torch.nn.attention.flex_attention import flex_attention
+
+import attention
+from attention import PackedAttention
+import data
+import latents
+import lora
+import masks
+from model import Config, Model
+import model as model_module
+from train_phase1 import Encoder, Phase1
+from train_phase2 import LatentExample, Phase2
+
+CONFIG = Config(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
+RULES = [("latent", masks.causal), ("encoder", masks.induction), ("decoder", masks.supervision)]
+
+
+def random_examples(count: int, seed: int, k: int = 5) -> list[LatentExample]:
+    rng = random.Random(seed)
+    ids = lambda n: [rng.randrange(300) for _ in range(n)]
+    plain = [data.Example(ids(rng.randint(3, 40)), ids(rng.randint(1, 90)), [5, 6], ids(rng.randint(2, 20))) for _ in range(count)]
+    alpha = lambda n: dict(probs=torch.rand(n, k).softmax(-1), ids=torch.randint(300, (n, k)))
+    return [LatentExample(**vars(e), **alpha(data.num_latents(e, 3))) for e in plain]
+
+
+def task_of(phase: int, dropout: float = 0.0):
+    torch.manual_seed(0)
+    model = Model(CONFIG).requires_grad_(False).initialize(torch.Generator().manual_seed(1), std=0.1)
+    for name in ("encoder", "decoder", "student"):
+        lora.add_adapter(model, name, 4, 8, dropout)
+        for p in lora.adapter_parameters(model, name).values():
+            p.data.normal_(0, 0.1)
+    return Phase1(Encoder(model), 3, 5, ("encoder", "decoder")) if phase == 1 else Phase2(model, 3)
+
+
+def padded(rows, shape=None):
+    """The rows of a task, with filler."""
+    if isinstance(rows, data.Row):
+        return data.padded(rows, shape)
+    return replace(rows, **{name: padded(x, shape) for name, x in vars(rows).items() if isinstance(x, data.Row)})
+
+
+def loss_and_gradients(task, rows):
+    torch.manual_seed(5)
+    task.zero_grad(set_to_none=True)
+    loss = sum(task(rows).values())
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name,rule", RULES)
+@torch.no_grad()  # FlexAttention has no backward on a CPU; test_gpu.py has it
+def test_flex_attention(name, rule):
+    """FlexAttention, told only which blocks to look at and the rule, gives what SDPA gives for each document by itself."""
+    for seed in range(5):
+        row = data.padded(data.pack_row(name, random_examples(9, seed), 3))
+        T = len(row.ids)
+        q, k, v = (torch.randn(T, heads, 16) for heads in (4, 2, 2))
+        attend = PackedAttention(row.labels, rule)
+        torch.testing.assert_close(attend._flex(q, k, v), attend._side_by_side(q, k, v), atol=1e-5, rtol=0)
+        blocks = attend.block_mask.kv_num_blocks.sum()
+        assert T >= 4 * attention.BLOCK and blocks < (T // attention.BLOCK) * (T // attention.BLOCK + 1) / 2  # fewer than causal
+
+
+def test_documents_for_flash_attention():
+    row = data.pack_row("cot", random_examples(3, 1))
+    lengths = torch.bincount(row.labels.document).tolist()
+    shape = data.RowShape(2 * len(row.ids), 9, row.labels.longest)
+    full = data.padded(row, shape)
+    starts = PackedAttention(full.labels).cu_seqlens
+    assert len(starts) == 10 and starts.diff()[:3].tolist() == lengths
+    assert starts[-1] == len(full.ids) and int(starts.diff().max()) <= shape.longest
+
+
+def test_row_shape_holds_what_is_packed():
+    rng = random.Random(2)
+    for _ in range(100):
+        lengths = [rng.randint(2, rng.choice([10, 300])) for _ in range(60)]
+        budget = rng.randint(max(lengths), 2000)
+        shape = data.row_shape(lengths, 20, budget)
+        assert shape.tokens % attention.BLOCK == 0 and shape.tokens < budget + attention.BLOCK
+        for indices in data.pack(lengths[:20], shape.tokens):
+            filler = shape.tokens - sum(lengths[i] for i in indices)
+            assert filler >= 0 and max(lengths[i] for i in indices) <= shape.longest
+            assert len(indices) + -(-filler // shape.longest) <= shape.documents
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_filler_counts_for_nothing(phase):
+    task = task_of(phase)
+    rows = task.row(random_examples(6, 3))
+    expected, gradients = loss_and_gradients(task, rows)
+    for shape in (None, data.RowShape(1024, 60, 140)):
+        loss, with_filler = loss_and_gradients(task, padded(rows, shape))
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
+        for n in gradients:
+            torch.testing.assert_close(with_filler[n], gradients[n], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("phase", [1, 2])
+def test_checkpointed_activations(phase):
+    """Layers computed again in backward, with the dropout of the first time."""
+    task = task_of(phase, dropout=0.3).train()
+    rows = task.row(random_examples(6, 4))
+    expected, gradients = loss_and_gradients(task, rows)
+    task.model.checkpoint_activations = True
+    loss, again = loss_and_gradients(task, rows)
+    assert loss == expected and all(torch.equal(again[n], gradients[n]) for n in gradients)
+
+
+def test_no_logits_are_kept():
+    """Neither loss keeps the logits of all rows for backward, whatever the head."""
+    h, head = torch.randn(40, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+        latents.cross_entropy(h, head, torch.randint(500, (40,)))
+        latents.kl_divergence(h, head, torch.rand(40, 3), torch.randint(500, (40, 3)), torch.rand(40))
+    assert kept and max(kept) <= head.numel() < 40 * 500
+
+
+def test_nothing_is_compiled_anew(monkeypatch):
+    """The regions that a GPU compiles, traced here: rows of ever new lengths need nothing new after the third step."""
+    from torch._dynamo.utils import counters
+    torch._dynamo.reset()
+    compiled = functools.cache(lambda f: torch.compile(f, backend="eager"))
+    monkeypatch.setattr(lora, "_random_mask", lambda x, p: torch.rand_like(x) < p)
+    for module in (model_module, latents):
+        monkeypatch.setattr(module, "fused", lambda f, x: compiled(f))
+    monkeypatch.setattr(attention, "fused", lambda f, x: compiled(f) if f is flex_attention else f)
+    monkeypatch.setattr(PackedAttention, "__call__", lambda self, layer, q, k, v: self._flex(q, k, v).detach() + 0 * q)
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *a: None)
+    task, graphs = task_of(1, dropout=0.1).train(), []
+    for step in range(8):
+        loss_and_gradients(task, padded(task.row(random_examples(4 + step % 5, step))))
+        graphs.append(counters["stats"]["unique_graphs"])
+    torch._dynamo.reset()
+    assert graphs[0] >= 5 and graphs[2] == graphs[-1]

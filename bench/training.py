@@ -11,7 +11,6 @@ phase 1; padding not), and the floating-point operations that LoRA training cann
 
 import argparse
 from functools import partial
-import itertools
 import json
 from pathlib import Path
 import statistics

@@ -128,10 +128,12 @@ class KVCache:
             return attend(layer, q, k, v)
         return prefill
 
-    def decode(self, active: torch.Tensor):
-        """`attend` for one more token of every row, at position `lengths`; only rows in bool `active` grow by it."""
+    def decode(self, active: torch.Tensor, longest: int):
+        """`attend` for one more token of every row, at position `lengths`; only rows in bool `active` grow by it.
+
+        `longest`: at least as many tokens as any row will then have.
+        """
         row, position = torch.arange(len(self.lengths), device=self.lengths.device), self.lengths.clone()
-        longest = int(position.max()) + 1
         mask = (torch.arange(longest, device=position.device) <= position[:, None])[:, None, None]
         self.lengths += active
 

@@ -107,8 +107,16 @@ def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, labels: torch
     return kl_divergence(hidden_states, head, ones[:, None], labels[:, None], ones)
 
 
+def perturb(probs, ids, gumbel, forbidden: int, scale: float, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha' = softmax((log alpha + s g) / t), s g clamped to [-1.5, 3], for numbers `gumbel` like probs [N, k]; and, bool [N],
+    whether that puts the token `forbidden` on top."""
+    draw = ((probs.float().log() + (scale * gumbel).clamp(-1.5, 3.0)) / temperature).softmax(-1)
+    top = draw.argmax(-1, keepdim=True)
+    return draw, (top if ids is None else ids.gather(-1, top)).squeeze(-1) == forbidden
+
+
 def gumbel_noise(probs, ids, forbidden: int, scale: float, temperature: float, tries: int = 100) -> torch.Tensor:
-    """alpha' = softmax((log alpha + s g) / t), g Gumbel, s g clamped to [-1.5, 3]; probabilities like `probs`.
+    """alpha' as `perturb` makes it of Gumbel numbers; probabilities like `probs`.
 
     Drawn again where it would make the token `forbidden` (the first of </think>) the most likely; a latent that has it on
     top after `tries` draws keeps its own alpha.
@@ -116,9 +124,7 @@ def gumbel_noise(probs, ids, forbidden: int, scale: float, temperature: float, t
     noisy, redraw = probs.float().clone(), torch.ones(len(probs), dtype=torch.bool, device=probs.device)
     for _ in range(tries):
         gumbel = -torch.empty_like(noisy).exponential_().log()
-        draw = ((probs.float().log() + (scale * gumbel).clamp(-1.5, 3.0)) / temperature).softmax(-1)
-        top = draw.argmax(-1, keepdim=True)
-        ends = (top if ids is None else ids.gather(-1, top)).squeeze(-1) == forbidden
+        draw, ends = perturb(probs, ids, gumbel, forbidden, scale, temperature)
         noisy = torch.where((redraw & ~ends)[:, None], draw, noisy)
         redraw = redraw & ends
         if not redraw.any():

@@ -28,8 +28,9 @@ class Sampling:
     """How to think and answer.
 
     thinking: "latent", or "text" (the chain is written, as part of the answer), or "none" (</think> at once).
-    top_k: tokens in a superposition, 0 for the full vocabulary. temperature 0 is greedy. `latents`: "own", or "random" to
-    put random tokens with the same probabilities in the place of every latent's own.
+    top_k: tokens in a superposition, 0 for the full vocabulary. temperature 0 is greedy. noise, noise_temperature: those of
+    latents.perturb while thinking; 0: none. `latents`: "own", or what is fed in the place of every latent's own: "random"
+    tokens with the same probabilities, or its "argmax" alone.
     """
     thinking: str = "latent"
     top_k: int = 10
@@ -37,6 +38,8 @@ class Sampling:
     max_new_tokens: int = 512
     temperature: float = 0.6
     top_p: float = 0.95
+    noise: float = 0.0
+    noise_temperature: float = 1.0
     latents: str = "own"
     seed: int = 1
 
@@ -66,52 +69,61 @@ def pick(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
 
 
 class Sampler:
-    """`batch_size` rows that think and answer side by side; a finished row's place is given to the next problem."""
+    """`batch_size` rows that think and answer side by side; a finished row's place is given to the next problem.
+
+    `end_think` are the tokens fed when thinking ends: </think>, and whatever else an answer is to begin with.
+    """
 
     def __init__(self, model: Model, end_think: list[int], end_of_turn: int, settings: Sampling, batch_size: int):
         self.model, self.settings, self.end_of_turn, self.batch_size = model, settings, end_of_turn, batch_size
         self.device = model.embed_tokens.weight.device
         self.end_think = torch.tensor(end_think, device=self.device)
+        self.steps = 8 if self.device.type == "cuda" else 1  # between two looks at who has finished: a look waits for the GPU
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], numbers=None, progress=lambda i, result: None) -> list[Result]:
+    def generate(self, prompts: list[list[int]], numbers=None, progress=lambda i, result: None, given=None) -> list[Result]:
         """A Result for each prompt (ids of Q <think>), in order; `progress(i, result)` is called as each one ends.
 
         A prompt's random numbers depend on the seed and its number (its place in the list, or `numbers`), not on the batch
-        it runs in.
+        it runs in. `given`: for each prompt the latents (probs [n, k], ids [n, k]) to be fed, all n and no others.
         """
-        self.numbers = range(len(prompts)) if numbers is None else numbers
+        self.numbers, self.given = range(len(prompts)) if numbers is None else numbers, given
         s, B, results = self.settings, min(self.batch_size, len(prompts)), [None] * len(prompts)
-        length = max(map(len, prompts)) + s.max_latents + len(self.end_think) + s.max_new_tokens
+        thoughts = max((len(ids) for _, ids in given), default=0) if given else s.max_latents
+        length = max(map(len, prompts)) + thoughts + len(self.end_think) + s.max_new_tokens + self.steps
         self.cache = KVCache(self.model.config, B, length, self.device, self.model.embed_tokens.weight.dtype)
         zeros = lambda *shape, dtype=torch.long: torch.zeros(B, *shape, dtype=dtype, device=self.device)
         self.active, self.thinking = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
         self.closed, self.num_latents, self.num_tokens = zeros(), zeros(), zeros()  # `closed`: tokens of </think> fed
+        self.budget, self.rows = zeros(), torch.arange(B, device=self.device)  # budget: of latents
         k = s.top_k or min(SHOWN, self.model.config.vocab_size)
-        self.probs, self.ids = zeros(s.max_latents, k, dtype=torch.float32), zeros(s.max_latents, k)
+        self.probs, self.ids = zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k)
         self.tokens, self.uniform = zeros(s.max_new_tokens), zeros(s.max_new_tokens, dtype=torch.float32)
-        self.random_ids = zeros(s.max_latents, k) if s.latents == "random" else None
-        hidden = zeros(self.model.config.hidden_size, dtype=self.model.embed_tokens.weight.dtype)
-        running, waiting = {}, list(range(len(prompts)))[::-1]  # running: row -> place of its prompt
+        self.gumbel = zeros(thoughts + 1, k, dtype=torch.float32) if s.noise else None
+        self.other_ids = zeros(thoughts + 1, k) if given or s.latents == "random" else None
+        self.other_probs = zeros(thoughts + 1, k, dtype=torch.float32) if given else None
+        self.hidden = zeros(self.model.config.hidden_size, dtype=self.model.embed_tokens.weight.dtype)
+        running, waiting = {}, list(range(len(prompts)))[::-1]  # running: row -> [place of its prompt, tokens read]
 
         while waiting or running:
             free = [row for row in range(B) if row not in running]
             fresh = {row: waiting.pop() for row in free[:len(waiting)]}
             if fresh:
-                self._admit(fresh, prompts, hidden)
-                running |= fresh
-            inputs_embeds = self._advance(hidden)
-            for row in [r for r, active in enumerate(self.active.tolist()) if r in running and not active]:
-                i = running.pop(row)
+                self._admit(fresh, prompts)
+                running |= {row: [i, len(prompts[i])] for row, i in fresh.items()}
+            for _ in range(self.steps):
+                self._step(max(read for _, read in running.values()) + 1)
+                for state in running.values():
+                    state[1] += 1
+            active = self.active.tolist()
+            for row in [r for r in running if not active[r]]:
+                i, _ = running.pop(row)
                 results[i] = self._result(row)
                 progress(i, results[i])
-            if running:
-                position_ids = self.cache.lengths.clone()
-                hidden = self.model(inputs_embeds, position_ids, self.cache.decode(self.active))
         return results
 
-    def _admit(self, fresh: dict[int, int], prompts, hidden) -> None:
-        """Reads the prompts of `fresh` {row: place} into the cache, leaves their last hidden states in `hidden` [B, d]."""
+    def _admit(self, fresh: dict[int, int], prompts) -> None:
+        """Reads the prompts of `fresh` {row: place} into the cache, leaves their last hidden states in self.hidden."""
         rows, s = torch.tensor(list(fresh), device=self.device), self.settings
         lengths = [len(prompts[i]) for i in fresh.values()]
         sizes = torch.tensor(lengths, device=self.device)
@@ -120,47 +132,68 @@ class Sampler:
         position_ids = torch.arange(len(ids), device=self.device) - (sizes.cumsum(0) - sizes)[document]
         labels = Labels(document, torch.full_like(document, PROMPT), torch.zeros_like(document), len(lengths), max(lengths))
         h = self.model(self.model.embed_tokens(ids), position_ids, self.cache.prefill(rows, labels, position_ids))
-        hidden[rows] = h[sizes.cumsum(0) - 1]
+        self.hidden[rows] = h[sizes.cumsum(0) - 1]
         self.active[rows], self.thinking[rows] = True, s.thinking == "latent"
         self.closed[rows] = len(self.end_think) if s.thinking == "text" else 0
         self.num_latents[rows] = self.num_tokens[rows] = 0
+        self.budget[rows] = s.max_latents
         for row, i in fresh.items():
             generator = torch.Generator().manual_seed(hash((s.seed, self.numbers[i])))
             self.uniform[row] = torch.rand(s.max_new_tokens, generator=generator)
-            if self.random_ids is not None:
-                shape = self.random_ids.shape[1:]
-                self.random_ids[row] = torch.randint(self.model.config.vocab_size, shape, generator=generator)
+            if s.latents == "random":
+                self.other_ids[row] = torch.randint(self.model.config.vocab_size, self.other_ids.shape[1:], generator=generator)
+            if self.gumbel is not None:
+                exponential = torch.empty(self.gumbel.shape[1:]).exponential_(generator=generator)
+                self.gumbel[row] = -exponential.log()
+            if self.given:
+                probs, ids = self.given[i]
+                self.budget[row] = len(ids)
+                self.other_probs[row, :len(ids)], self.other_ids[row, :len(ids)] = probs.to(self.device), ids.to(self.device)
 
-    def _advance(self, hidden: torch.Tensor) -> torch.Tensor:
-        """What every row reads next, [B, hidden_size], given the hidden states [B, hidden_size] of what it read last."""
+    def _step(self, longest: int) -> None:
+        """Every row reads its next token, whatever that is. `longest`: no row has read more with it. Nobody waits for the GPU."""
         s, E = self.settings, self.model.embed_tokens.weight
-        logits = (hidden @ self.model.head.T).float()
-        self.thinking &= (logits.argmax(-1) != self.end_think[0]) & (self.num_latents < s.max_latents)
+        logits = (self.hidden @ self.model.head.T).float()
+        wants_to_end = logits.argmax(-1) == self.end_think[0] if not self.given else torch.zeros_like(self.active)
+        self.thinking &= ~wants_to_end & (self.num_latents < self.budget)
         thinking = self.active & self.thinking
         closing = self.active & ~self.thinking & (self.closed < len(self.end_think))
         answering = self.active & ~thinking & ~closing
 
-        uniform = self.uniform.gather(1, self.num_tokens.clamp(max=s.max_new_tokens - 1)[:, None])[:, 0]
-        sampled = pick(logits, uniform, s.temperature, s.top_p)
+        at = self.rows, self.num_tokens.clamp(max=s.max_new_tokens - 1)
+        sampled = pick(logits, self.uniform[at], s.temperature, s.top_p)
         token = torch.where(closing, self.end_think[self.closed.clamp(max=len(self.end_think) - 1)], sampled)
         inputs_embeds = E[token]
-        if thinking.any():
-            probs, ids = latents.top_probs(logits[thinking], s.top_k)
-            place = (thinking, self.num_latents[thinking])
-            if self.random_ids is not None:
-                if ids is None:
-                    probs, _ = latents.top_probs(logits[thinking], SHOWN)
-                ids = self.random_ids[place]
-            inputs_embeds[thinking] = latents.superpose(probs, ids, E)
+        if s.thinking == "latent":
+            place = self.rows, self.num_latents.clamp(max=self.probs.shape[1] - 1)
+            probs, ids = self._latent(logits, place)
+            inputs_embeds = torch.where(thinking[:, None], latents.superpose(probs, ids, E), inputs_embeds)
             if ids is None:
                 probs, ids = probs.topk(self.ids.shape[-1])
-            self.probs[place], self.ids[place] = probs, ids
-        self.tokens[answering, self.num_tokens[answering]] = sampled[answering]
+            for kept, new in ((self.probs, probs), (self.ids, ids)):
+                kept[place] = torch.where(thinking[:, None], new, kept[place])
+        self.tokens[at] = torch.where(answering, sampled, self.tokens[at])
         self.closed += closing
         self.num_latents += thinking
         self.num_tokens += answering
         self.active &= ~(answering & ((sampled == self.end_of_turn) | (self.num_tokens == s.max_new_tokens)))
-        return inputs_embeds
+        position_ids = self.cache.lengths.clone()
+        self.hidden = self.model(inputs_embeds, position_ids, self.cache.decode(self.active, longest))
+
+    def _latent(self, logits, place):
+        """(probs, ids) of what each row would think next; `place` is where a row's given or random tokens lie."""
+        s = self.settings
+        if self.given:
+            return self.other_probs[place], self.other_ids[place]
+        probs, ids = latents.top_probs(logits, SHOWN if s.latents == "random" and not s.top_k else s.top_k)
+        if s.noise:
+            noisy, ends = latents.perturb(probs, ids, self.gumbel[place], self.end_think[0], s.noise, s.noise_temperature)
+            probs = torch.where(ends[:, None], probs, noisy)  # </think> is never thought
+        if s.latents == "random":
+            ids = self.other_ids[place]
+        elif s.latents == "argmax":
+            probs = torch.zeros_like(probs).scatter(-1, probs.argmax(-1, keepdim=True), 1.0)
+        return probs, ids
 
     def _result(self, row: int) -> Result:
         n, tokens = int(self.num_latents[row]), self.tokens[row, :int(self.num_tokens[row])].tolist()

@@ -54,7 +54,7 @@ def test_incremental_decoding(checkpoint, kind, tied):
     for step in range(12):
         active = torch.tensor([read[1] < 14, False, read[0] < 9 and step != 2])
         token = torch.tensor([sequences[1][min(read[1], 13)], 0, sequences[0][min(read[0], 8)]])
-        h = model(model.embed_tokens(token), cache.lengths.clone(), cache.decode(active))
+        h = model(model.embed_tokens(token), cache.lengths.clone(), cache.decode(active, 20))
         for i, row in ((0, 2), (1, 0)):
             if active[row]:
                 got[i].append(h[row] @ model.head.T)

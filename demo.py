@@ -106,12 +106,13 @@ def main():
         if code:
             sys.exit(code)
 
-    def evaluate(name: str, run: Path, settings: str = "") -> dict:
+    def evaluate(name: str, run: Path, arm: str = "free") -> dict:
         where = out / "eval" / name
-        if not (where / "test.json").exists():
-            call(f"{name}: 500 unseen problems", "eval.py", f"{EVAL} {settings}", model=run, data=out / "test.jsonl",
+        summary = where / ("test.json" if arm == "free" else f"test.{arm}.json")
+        if not summary.exists():
+            call(f"{name}, {arm}: 500 unseen problems", "eval.py", f"{EVAL} --arms {arm}", model=run, data=out / "test.jsonl",
                  out=where)
-        return read_json(where / "test.json")
+        return read_json(summary)
 
     base, cot, answer_only = out / "base", out / "cot", out / "answer-only"
     data = {"data": out / "train.jsonl", "valid": out / "valid.jsonl"}
@@ -130,7 +131,7 @@ def main():
         call(f"r = {r}, phase 2: learn to think", "train_phase2.py", f"{PHASE2} {seed}", phase1=joint, cache=cache,
              out=latent, **data)
         rows[f"Latent r={r}"] = evaluate(f"latent-r{r}", latent)
-        rows[f"Latent r={r}, its latents replaced by random ones"] = evaluate(f"random-r{r}", latent, "--latents random")
+        rows[f"Latent r={r}, its latents replaced by random ones"] = evaluate(f"latent-r{r}", latent, "random")
 
     draw(out, args.rates[0])
     table = table_of(rows)

@@ -1,28 +1,47 @@
-"""Benchmark files to accuracy, chain length and speed.
+"""Benchmark files to accuracy, chain length and speed; and what the latents are good for.
 
     python eval.py --model runs/latent --data gsm8k-test.jsonl svamp-test.jsonl --out results
+    python eval.py --model runs/latent --data aime-2024-test.jsonl --out results/aime --samples 16
+    python eval.py --model runs/latent --data gsm8k-test.jsonl --out results/arms --arms free forced floor random other argmax cut-4
 
 Reads {"problem", "answer"} lines (or training lines, whose answer is the box in `cot_answer`). Writes
-OUT/<file>.predictions.jsonl, one line a problem, and OUT/<file>.json, the summary. Under torchrun, ranks share the problems.
+OUT/<file>.predictions.jsonl, one line a sample, and OUT/<file>.json, the summary; for an arm other than free, <file>.<arm>. Under
+torchrun, ranks share the problems. The same command again goes on with an evaluation that was stopped.
+
+Arms: free (think, answer as the model likes), forced (think, then only what follows "\\boxed{"), floor (the same without
+thinking), cut-M (at most M latents); and in the place of each latent: random (random tokens with its probabilities), argmax (its
+likeliest token alone), other (the latents that the model had for the next problem, and as many).
 """
 
+from dataclasses import dataclass, replace
 import json
+import math
 from pathlib import Path
+import re
 import time
 
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 from data import read_jsonl, text_field
 from grade import Grader, boxed
-from load_hf_weights import base_dtype, load_model
-from runs import UserError, at_least, from_rank0, parser, read_json, run_main, start, write_json, write_text
-from sample import Result, Sampling, add_sampling_arguments, generate, sampling
+from load_hf_weights import base_dtype, fingerprint, load_model
+from runs import UserError, at_least, file_hash, from_rank0, parser, read_json, run_main, start, write_json, write_text
+from sample import OPENING, Result, Sampling, add_sampling_arguments, generate, sampling
 from tokenizer import Tokenizer
 
+ARMS = ("free", "forced", "floor", "random", "other", "argmax")
 
-def load_problems(path: str) -> list[tuple[str, str]]:
-    """(problem, reference answer) of every line."""
+
+@dataclass
+class Problem:
+    text: str
+    answer: str
+    chain: str | None  # written, where the file has it
+
+
+def load_problems(path: str) -> list[Problem]:
     problems = []
     for row in read_jsonl(path):
         problem = text_field(row, "problem", path)
@@ -30,8 +49,23 @@ def load_problems(path: str) -> list[tuple[str, str]]:
             answer = text_field(row, "answer", path)
         elif (answer := boxed(text_field(row, "cot_answer", path))) is None:
             raise UserError(f"{path}, line {row['_line']}: the field \"cot_answer\" holds no \\boxed{{...}}")
-        problems.append((problem, answer))
+        problems.append(Problem(problem, answer, text_field(row, "cot", path) if "cot" in row else None))
     return problems
+
+
+def arm(text: str) -> str:
+    """An argparse type: one of ARMS, or cut-M."""
+    if text not in ARMS and not re.fullmatch(r"cut-\d+", text):
+        raise ValueError
+    return text
+
+
+def settings_of(name: str, settings: Sampling) -> Sampling:
+    """The settings with which an arm is sampled."""
+    if name.startswith("cut-"):
+        return replace(settings, max_latents=int(name[4:]))
+    changes = {"free": {}, "forced": {"forced": True}, "floor": {"forced": True, "thinking": "none"}, "other": {}}
+    return replace(settings, **changes.get(name, {"latents": name}))
 
 
 def split_chain(tokens: list[int], end_think: list[int]) -> tuple[list[int], list[int]]:
@@ -42,38 +76,141 @@ def split_chain(tokens: list[int], end_think: list[int]) -> tuple[list[int], lis
     return tokens, tokens
 
 
-def prediction(problem: str, gold: str, result: Result, tokenizer: Tokenizer, thinking: str, grader: Grader) -> dict:
+def effective_compression(ids: torch.Tensor, chain: list[int], r: int) -> float | None:
+    """ECR@K of one sample: how many of a segment's tokens are among the K ids [n, K] of its latent, averaged over the latents
+    that have a segment."""
+    pairs = [(set(top), chain[r * i:r * i + r]) for i, top in enumerate(ids.tolist()) if chain[r * i:]]
+    return sum(token in top for top, segment in pairs for token in segment) / len(pairs) if pairs else None
+
+
+def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings: Sampling, r: int, grader: Grader) -> dict:
     """One readable line: the problem, the chain (written, or the top tokens of its latents), the answer, the verdict."""
-    chain, answer = split_chain(result.tokens, tokenizer.end_think) if thinking == "text" else ([], result.tokens)
+    chain, answer = split_chain(result.tokens, tokenizer.end_think) if settings.thinking == "text" else ([], result.tokens)
     latents = [[[tokenizer.decode([i]), round(p, 3)] for p, i in zip(probs[:5], ids[:5])]
                for probs, ids in zip(result.probs.tolist(), result.ids.tolist())]
-    text = tokenizer.decode(answer)
-    return {"problem": problem, "chain": tokenizer.decode(chain), "latents": latents, "answer": text, "reference": gold,
-            "correct": grader.grade(gold, text), "chain_length": len(chain) + len(latents), "answer_tokens": len(answer),
-            "finished": result.finished}
+    text = OPENING * settings.forced + tokenizer.decode(answer)
+    line = {"problem": problem.text, "chain": tokenizer.decode(chain), "latents": latents, "answer": text,
+            "reference": problem.answer, "correct": grader.grade(problem.answer, text),
+            "chain_length": len(chain) + len(latents), "answer_tokens": len(answer), "finished": result.finished}
+    if latents and problem.chain is not None:
+        line["ecr"] = effective_compression(result.ids, tokenizer.encode(problem.chain), r)
+    return line
 
 
-def summarize(predictions: list[dict], seconds: float) -> dict:
-    """Accuracy in percent with a 95% normal interval, #L (chain_length), answer tokens and seconds per problem."""
-    n = len(predictions)
-    accuracy = sum(p["correct"] for p in predictions) / n
-    mean = lambda key: sum(p[key] for p in predictions) / n
-    return {"accuracy": 100 * accuracy, "interval": 196 * (accuracy * (1 - accuracy) / n) ** 0.5, "count": n,
-            "chain_length": mean("chain_length"), "answer_tokens": mean("answer_tokens"),
-            "finished": 100 * mean("finished"), "seconds": seconds, "seconds_per_problem": seconds / n}
+def pass_at(k: int, samples: int, right: int) -> float:
+    """The chance that k of the samples, drawn without putting back, hold a right one (arXiv 2107.03374)."""
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
 
 
-def run(model, tokenizer, problems, numbers, settings: Sampling, batch_size: int, desc: str, quiet: bool):
-    """Predictions for `problems`, whose random numbers go by `numbers`, and the seconds of sampling (without grading)."""
-    begin = time.time()
-    with tqdm(total=len(problems), desc=desc, disable=quiet, mininterval=1, dynamic_ncols=True) as bar:
-        results = generate(model, tokenizer, [p for p, _ in problems], settings, batch_size, numbers,
-                           lambda i, r: bar.update())
-    seconds = time.time() - begin
+def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
+    """Accuracy in percent with a 95% normal interval over problems, pass@k, #L (chain_length), answer tokens, ECR where there
+    are chains, and seconds per sample. `predictions`: those of the first problem, then those of the second, ..."""
+    n = len(predictions) // samples
+    right = [sum(p["correct"] for p in predictions[i * samples:(i + 1) * samples]) for i in range(n)]
+    accuracy = sum(right) / samples / n
+    variance = sum((c / samples - accuracy) ** 2 for c in right) / n
+    mean = lambda key, lines=predictions: sum(p[key] for p in lines) / len(lines)
+    summary = {"accuracy": 100 * accuracy, "interval": 196 * (variance / n) ** 0.5, "count": n, "samples": samples}
+    summary |= {f"pass@{k}": 100 * sum(pass_at(k, samples, c) for c in right) / n
+                for k in {1, *(2**i for i in range(1, samples.bit_length())), samples} if 1 < k <= samples}
+    compared = [p for p in predictions if p.get("ecr") is not None]
+    if compared:
+        summary["ecr"] = mean("ecr", compared)
+    return summary | {"chain_length": mean("chain_length"), "answer_tokens": mean("answer_tokens"),
+                      "finished": 100 * mean("finished"), "seconds": seconds, "seconds_per_problem": seconds / len(predictions)}
+
+
+def partial_files(path: Path) -> list[Path]:
+    """What the ranks have sampled so far for the results at `path`."""
+    return sorted(path.parent.glob(f".{path.name}.*.partial"))
+
+
+class Done:
+    """What has been sampled so far, in files beside the results, one a rank: a stopped evaluation goes on from there."""
+
+    def __init__(self, path: Path, rank: int):
+        self.seconds, self.results = 0.0, {}
+        for file in partial_files(path):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                try:
+                    row = json.loads(line)
+                except json.JSONDecodeError:  # being written when the run was killed
+                    continue
+                probs, ids = torch.tensor(row["probs"]), torch.tensor(row["ids"], dtype=torch.long)
+                self.results[row["number"]] = Result(probs, ids, row["tokens"], row["finished"])
+                self.seconds = max(self.seconds, row["seconds"])
+        self.begin, self.mine = time.time(), path.with_name(f".{path.name}.{rank}.partial")
+
+    def __enter__(self):
+        self.mine.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.mine, "a", encoding="utf-8")
+        self.file.write("\n")  # ends a broken line
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def add(self, number: int, result: Result) -> None:
+        row = {"number": number, "tokens": result.tokens, "finished": result.finished, "probs": result.probs.tolist(),
+               "ids": result.ids.tolist(), "seconds": self.seconds + time.time() - self.begin}
+        self.file.write(json.dumps(row) + "\n")
+        self.file.flush()
+        self.results[number] = result
+
+
+def sampled(model, tokenizer, problems, args, settings, path: Path, rank: int, world: int, given=None) -> tuple[dict, float]:
+    """The results of all samples by number (problem times samples plus sample), and the seconds that it took."""
+    done = Done(path, rank)
+    total = len(problems) * args.samples
+    numbers = [n for n in range(total) if n not in done.results][rank::world]
+    if dist.is_initialized():
+        dist.barrier()  # all have read what there was before anybody writes
+    with done, tqdm(total=len(numbers), desc=path.name, disable=rank > 0, mininterval=1, dynamic_ncols=True) as bar:
+        def progress(i, result):
+            done.add(numbers[i], result)
+            bar.update()
+        if numbers:
+            generate(model, tokenizer, [problems[n // args.samples].text for n in numbers], settings, args.batch_size, numbers,
+                     progress, given and [given[n] for n in numbers])
+    if dist.is_initialized():
+        dist.barrier()
+    everything = Done(path, rank)
+    return everything.results, everything.seconds
+
+
+def evaluate(model, tokenizer, problems, args, name: str, reasons, path: Path, made_with: dict, rank, world) -> dict:
+    """Samples, grades and writes one arm of one file; returns its summary."""
+    settings = settings_of(name, sampling(args, reasons))
+    if settings.thinking != "latent" and name not in ("free", "floor"):
+        raise UserError(f"--arms {name}: is for thinking in latents, and this model's thinking is {settings.thinking}")
+    summary_file, lines_file = (path.with_name(path.name + end) for end in (".json", ".predictions.jsonl"))
+    if summary_file.exists():
+        return read_json(summary_file)
+    given = None
+    if name == "other":  # the free arm's latents, of the same sample of the next problem
+        own, _ = sampled(model, tokenizer, problems, args, settings, path.with_name(path.name + "-own"), rank, world)
+        given = [(own[n].probs, own[n].ids) for n in range(len(own))]
+        given = given[args.samples:] + given[:args.samples]
+    results, seconds = sampled(model, tokenizer, problems, args, settings, path, rank, world, given)
     with Grader() as grader:
-        predictions = [prediction(problem, gold, result, tokenizer, settings.thinking, grader)
-                       for (problem, gold), result in zip(problems, results)]
-    return predictions, seconds
+        mine = [prediction(problems[n // args.samples], results[n], tokenizer, settings, reasons["compression"], grader)
+                for n in tqdm(range(rank, len(results), world), desc="grading", disable=rank > 0, mininterval=5, leave=False)]
+    parts = [mine]
+    if dist.is_initialized():
+        parts = [None] * world
+        dist.all_gather_object(parts, mine)
+    predictions = [None] * len(results)
+    for r, part in enumerate(parts):
+        predictions[r::world] = part
+
+    def write():
+        write_text(lines_file, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in predictions))
+        write_json(summary_file, made_with | {"thinking": settings.thinking, "arm": name} | summarize(predictions, args.samples, seconds))
+        for which in (path, path.with_name(path.name + "-own")):
+            for file in partial_files(which):
+                file.unlink()
+        return read_json(summary_file)
+    return from_rank0(write)
 
 
 def main():
@@ -82,57 +219,61 @@ def main():
     p.add_argument("--data", nargs="+", required=True, help="benchmark files")
     p.add_argument("--out", required=True, help="directory of predictions and summaries")
     p.add_argument("--batch-size", type=at_least(1), default=64, help="rows that run side by side")
-    p.add_argument("--latents", choices=["own", "random"], default="own",
-                   help="random: put random tokens in the place of each latent's own")
+    p.add_argument("--samples", type=at_least(1), default=1, help="answers to each problem, for pass@k")
+    p.add_argument("--arms", type=arm, nargs="+", default=["free"], help=f"what to compare: {', '.join(ARMS)}, cut-M")
     args = p.parse_args()
     rank, world, device = start(args.device)
     files = {Path(file).name.removesuffix(".gz").removesuffix(".jsonl"): file for file in args.data}
     if len(files) < len(args.data):
         raise UserError("--data: two of the files have the same name, which names their results; evaluate them one by one")
     problems_of = {name: load_problems(file) for name, file in files.items()}
+    hashes = {name: file_hash(file) for name, file in files.items()}
     model, tokenizer, reasons = load_model(args.model, device, base_dtype(device))
     settings = sampling(args, reasons)
-    settings.latents = args.latents
-    made_with = {key: value for key, value in vars(args).items() if key not in ("data", "out", "device", "batch_size")}
-    made_with |= {"thinking": settings.thinking, "top_k": settings.top_k}
+    made_with = {key: value for key, value in vars(args).items() if key not in ("data", "out", "device", "batch_size", "arms")}
+    made_with |= {"top_k": settings.top_k}
+    out = Path(args.out)
 
     def check_out():
-        write_text(Path(args.out) / ".writable", "")  # before the work, not after it
-        (Path(args.out) / ".writable").unlink()
-        for name in files:
-            path = Path(args.out) / f"{name}.json"
-            found = read_json(path) if path.exists() else made_with
-            for key, value in made_with.items():
-                if found.get(key) != value:
-                    raise UserError(f"{path}: is of another evaluation ({key} is {found.get(key)!r} there, {value!r} here); "
-                                    "choose another --out")
+        path = out / "settings.json"  # of all that lies in OUT, finished or not
+        made_with["weights"] = fingerprint(args.model)
+        made_with["files"] = (read_json(path).get("files", {}) if path.exists() else {}) | hashes
+        found = read_json(path) if path.exists() else made_with
+        for name, value in found["files"].items():
+            if made_with["files"][name] != value:
+                raise UserError(f"{files[name]}: has changed since {out} was begun; choose another --out")
+        for key, value in made_with.items():
+            if key != "files" and found.get(key) != value:
+                raise UserError(f"{path}: is of another evaluation ({key} is {found.get(key)!r} there, {value!r} here); "
+                                "choose another --out")
+        write_json(path, made_with)
     from_rank0(check_out)
     if rank == 0:
         print(f"eval: {args.model} on {', '.join(f'{files[n]} ({len(ps)})' for n, ps in problems_of.items())}, "
-              f"thinking {settings.thinking}, on {world} x {device}")
+              f"thinking {settings.thinking}, {args.samples} sample(s) of each, on {world} x {device}")
+    made_with_file = lambda name: {k: v for k, v in made_with.items() if k != "files"} | {"file": files[name]}
+    rows = []
     for name, problems in problems_of.items():
-        shard, numbers = problems[rank::world], range(rank, len(problems), world)
-        mine, seconds = [], 0.0
-        if shard:
-            mine, seconds = run(model, tokenizer, shard, numbers, settings, args.batch_size, name, rank > 0)
-        shares = [(mine, seconds)]
-        if dist.is_initialized():
-            shares = [None] * world
-            dist.all_gather_object(shares, (mine, seconds))
-        predictions = [None] * len(problems)
-        for r, (part, _) in enumerate(shares):
-            predictions[r::world] = part
+        for which in args.arms:
+            path = out / (name if which == "free" else f"{name}.{which}")
+            s = evaluate(model, tokenizer, problems, args, which, reasons, path, made_with_file(name), rank, world)
+            rows.append((name, which, s))
+            if rank == 0:
+                more = "".join(f", {k} {v:.1f}" for k, v in s.items() if k.startswith("pass@"))
+                print(f"{path.name}: accuracy {s['accuracy']:.1f} ± {s['interval']:.1f}%{more}, #L {s['chain_length']:.1f}, answer "
+                      f"tokens {s['answer_tokens']:.1f}, {s['seconds_per_problem']:.4f} s a sample; {path}.json")
+    if rank == 0 and len(rows) > 1:
+        write_text(out / "table.md", table := table_of(rows))
+        print(f"\n{table}\n{out}/table.md")
 
-        def write():
-            summary = made_with | {"file": files[name]} | summarize(predictions, max(s for _, s in shares))
-            write_text(Path(args.out) / f"{name}.predictions.jsonl",
-                       "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in predictions))
-            write_json(Path(args.out) / f"{name}.json", summary)
-            return summary
-        s = from_rank0(write)
-        if rank == 0:
-            print(f"{name}: accuracy {s['accuracy']:.1f} ± {s['interval']:.1f}%, #L {s['chain_length']:.1f}, answer tokens "
-                  f"{s['answer_tokens']:.1f}, {s['seconds_per_problem']:.4f} s a problem; {args.out}/{name}.json")
+
+def table_of(rows: list[tuple[str, str, dict]]) -> str:
+    """A Markdown table of (file, arm, summary)."""
+    lines = ["| file | arm | accuracy (95% interval) | #L | answer tokens | seconds per sample |", "| --- | --- | --- | --- | --- | --- |"]
+    for name, which, s in rows:
+        lines.append(f"| {name} | {which} | {s['accuracy']:.1f}% ± {s['interval']:.1f} | {s['chain_length']:.1f} | "
+                     f"{s['answer_tokens']:.1f} | {s['seconds_per_problem']:.4f} |")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from model import Model
 from runs import UserError, at_least, parser, run_main, start
 from tokenizer import Tokenizer
 
+OPENING = "\\boxed{"  # what a forced answer begins with
 SHOWN = 10  # tokens of a full-vocabulary latent that are kept in a result
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -30,7 +31,7 @@ class Sampling:
     thinking: "latent", or "text" (the chain is written, as part of the answer), or "none" (</think> at once).
     top_k: tokens in a superposition, 0 for the full vocabulary. temperature 0 is greedy. noise, noise_temperature: those of
     latents.perturb while thinking; 0: none. `latents`: "own", or what is fed in the place of every latent's own: "random"
-    tokens with the same probabilities, or its "argmax" alone.
+    tokens with the same probabilities, or its "argmax" alone. forced: the answer begins with OPENING, which is not in the result.
     """
     thinking: str = "latent"
     top_k: int = 10
@@ -41,6 +42,7 @@ class Sampling:
     noise: float = 0.0
     noise_temperature: float = 1.0
     latents: str = "own"
+    forced: bool = False
     seed: int = 1
 
 
@@ -203,10 +205,11 @@ class Sampler:
 
 
 def generate(model: Model, tokenizer: Tokenizer, problems: list[str], settings: Sampling, batch_size: int = 64,
-             numbers=None, progress=lambda i, result: None) -> list[Result]:
-    """Thinks about and answers each problem; results in order. `numbers` and `progress` as in Sampler.generate."""
-    sampler = Sampler(model, tokenizer.end_think, tokenizer.end_of_turn, settings, batch_size)
-    return sampler.generate([tokenizer.prompt(p) for p in problems], numbers, progress)
+             numbers=None, progress=lambda i, result: None, given=None) -> list[Result]:
+    """Thinks about and answers each problem; results in order. `numbers`, `progress`, `given` as in Sampler.generate."""
+    end_think = tokenizer.end_think + (tokenizer.encode(OPENING) if settings.forced else [])
+    sampler = Sampler(model, end_think, tokenizer.end_of_turn, settings, batch_size)
+    return sampler.generate([tokenizer.prompt(p) for p in problems], numbers, progress, given)
 
 
 def add_sampling_arguments(p) -> None:
@@ -215,6 +218,8 @@ def add_sampling_arguments(p) -> None:
     p.add_argument("--top-k", type=at_least(0), help="tokens in a superposition, 0 for all; default: what the model learned")
     p.add_argument("--max-latents", type=at_least(0), default=256, help="latent budget; then </think> is fed")
     p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="budget of sampled tokens")
+    p.add_argument("--noise", type=at_least(0, float), default=0.0, help="scale of Gumbel noise on the latents; 0: none")
+    p.add_argument("--noise-temperature", type=at_least(0.01, float), default=1.0, help="temperature of the noisy softmax")
     p.add_argument("--temperature", type=at_least(0, float), default=0.6, help="0: greedy")
     p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95, help="share of probability that is sampled from")
 
@@ -222,8 +227,10 @@ def add_sampling_arguments(p) -> None:
 def sampling(args, reasons: dict) -> Sampling:
     """The settings of a command line, completed by what the model says of itself."""
     top_k = reasons["top_k"] if args.top_k is None else args.top_k
-    return Sampling(args.thinking or reasons["thinking"], top_k, args.max_latents, args.max_new_tokens,
-                    args.temperature, args.top_p, seed=args.seed)
+    if args.noise and not top_k:
+        raise UserError("--noise: is for superpositions of the top k tokens, not of all (--top-k 0)")
+    return Sampling(args.thinking or reasons["thinking"], top_k, args.max_latents, args.max_new_tokens, args.temperature,
+                    args.top_p, args.noise, args.noise_temperature, seed=args.seed)
 
 
 def show(result: Result, tokenizer: Tokenizer) -> None:

@@ -1,9 +1,11 @@
 """Grading and the evaluation command."""
 
+import itertools
 import json
 import time
 
 import pytest
+import torch
 
 import eval as evaluation
 from grade import Grader, boxed
@@ -54,7 +56,8 @@ def test_command(command, checkpoint, data, tmp_path, thinking):
 
 def test_accuracy_counts_right_answers():
     predictions = [{"correct": i < 3, "chain_length": i, "answer_tokens": 2, "finished": True} for i in range(4)]
-    s = evaluation.summarize(predictions, 8.0)
+    s = evaluation.summarize(predictions, 1, 8.0)
+    assert not [key for key in s if key.startswith("pass") or key == "ecr"]
     assert s["accuracy"] == 75 and s["chain_length"] == 1.5 and s["seconds_per_problem"] == 2 and s["interval"] == pytest.approx(42.4, abs=0.1)
 
 
@@ -71,3 +74,70 @@ def test_ranks_share_the_problems(command, checkpoint, data, tmp_path):
 def test_split_chain():
     assert evaluation.split_chain([1, 2, 8, 9, 3], [8, 9]) == ([1, 2], [3]) and evaluation.split_chain([8, 9], [8, 9]) == ([], [])
     assert evaluation.split_chain([1, 8], [8, 9]) == ([1, 8], [1, 8])
+
+
+def test_pass_at_k():
+    """The estimator against drawing samples, and in a summary of two problems with four samples each."""
+    for right in range(6):
+        subsets = list(itertools.combinations([True] * right + [False] * (5 - right), 2))
+        assert evaluation.pass_at(2, 5, right) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    line = lambda correct: {"correct": correct, "chain_length": 1, "answer_tokens": 2, "finished": True}
+    s = evaluation.summarize([line(x) for x in (True, False, False, False, True, True, True, True)], 4, 8.0)
+    assert (s["accuracy"], s["pass@2"], s["pass@4"], s["count"]) == (62.5, pytest.approx(75), 100, 2)
+    assert s["interval"] == pytest.approx(1.96 * 37.5 / 2**0.5)
+
+
+def test_effective_compression():
+    ids = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
+    assert evaluation.effective_compression(ids, [1, 9, 4, 3, 0], 2) == 1.0  # 1 of (1, 9), 2 of (4, 3), 0 of (0); the last has none
+    assert evaluation.effective_compression(ids[:0], [1], 2) is None
+
+
+ARGUMENTS = ["--thinking", "latent", "--max-latents", 4, "--max-new-tokens", 6, "--temperature", 1, "--batch-size", 16]
+
+
+def test_stopped_evaluation_goes_on(command, checkpoint, data, tmp_path, monkeypatch):
+    """Killed in the middle of a line: what was done is kept, and the result is that of a run that was not stopped."""
+    arguments = ["--model", checkpoint(), "--data", data, *ARGUMENTS, "--samples", 2, "--top-k", 3]
+    assert command(evaluation.main, *arguments, "--out", tmp_path / "whole")[0] == 0
+    real, done = evaluation.Done.add, []
+
+    def add(self, number, result):
+        if len(done) == 33:
+            self.file.write('{"number": 7, "tok')
+            raise KeyboardInterrupt
+        done.append(number)
+        real(self, number, result)
+    monkeypatch.setattr(evaluation.Done, "add", add)
+    assert command(evaluation.main, *arguments, "--out", tmp_path / "stopped")[0] == 130
+    again = []
+    monkeypatch.setattr(evaluation.Done, "add", lambda self, number, result: again.append(number) or real(self, number, result))
+    assert command(evaluation.main, *arguments, "--out", tmp_path / "stopped")[0] == 0
+    assert sorted(done + again) == list(range(80)) and len(again) == 80 - 33
+    one, two = ((tmp_path / x / "train.predictions.jsonl").read_text() for x in ("whole", "stopped"))
+    assert one == two and not list((tmp_path / "stopped").glob(".*"))
+    assert json.loads((tmp_path / "whole" / "train.json").read_text())["ecr"] >= 0
+    code, _, error = command(evaluation.main, *arguments, "--out", tmp_path / "stopped", "--seed", 9)
+    assert code == 1 and "is of another evaluation (seed is 1 there, 9 here)" in error
+
+
+def test_arms(command, checkpoint, data, tmp_path):
+    """Each arm does what it says; one table."""
+    arms = ["free", "forced", "floor", "random", "other", "argmax", "cut-2"]
+    code, printed, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path, *ARGUMENTS, "--top-k", 3,
+                                   "--arms", *arms)
+    assert code == 0, error
+    lines = {arm: [json.loads(x) for x in (tmp_path / f"train{'' if arm == 'free' else '.' + arm}.predictions.jsonl").read_text().splitlines()]
+             for arm in arms}
+    tokens = lambda arm: [[[t for t, _ in latent] for latent in p["latents"]] for p in lines[arm]]
+    free = tokens("free")
+    assert max(map(len, free)) == 4
+    assert all(p["answer"].startswith("\\boxed{") for arm in ("forced", "floor") for p in lines[arm]) and not any(tokens("floor"))
+    assert tokens("forced") == free and tokens("other") == free[1:] + free[:1]
+    assert tokens("cut-2") == [x[:2] for x in free]
+    assert all(x[0] == y[0] for x, y in zip(tokens("argmax"), free) if y) and tokens("argmax") != free
+    assert all(p[0][1] == 1 for line in lines["argmax"] for p in line["latents"])
+    assert tokens("random") != free
+    assert [arm in printed for arm in arms] and (tmp_path / "table.md").read_text().count("\n| train |") == len(arms)
+    code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / "text", "--arms", "random")
+    assert code == 1 and "this model's thinking is text" in error

@@ -1,5 +1,6 @@
 """The batched sampler against one-by-one decoding without a cache (the oracle, on transformers)."""
 
+from dataclasses import replace
 import random
 
 import pytest
@@ -102,3 +103,54 @@ def test_pick(top_p):
     expected = {0.3: [0, 1, 0, 0], 0.75: [0, 2 / 3, 0, 1 / 3], 1.0: [0.1, 0.5, 0.15, 0.25]}[top_p]
     torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float), atol=1e-3, rtol=0)
     assert (pick(logits, uniform, 0, top_p) == 1).all()
+
+
+def test_noise_does_not_depend_on_the_batch(pair):
+    """Gumbel noise while thinking: the same for a row whatever runs beside it, of the scale asked for, never </think> on top."""
+    model, _ = pair
+    batch = prompts(12, seed=6)
+    settings = Sampling("latent", 3, 4, 6, temperature=1.0, noise=1.0, seed=5)
+    run = lambda settings, size: Sampler(model, [9], 262, settings, size).generate(batch)
+    results = [run(settings, size) for size in (1, 5, 12)]
+    plain = run(replace(settings, noise=0.0), 12)
+    for rows in zip(*results):
+        assert all(torch.equal(r.ids, rows[0].ids) and r.tokens == rows[0].tokens for r in rows)
+        torch.testing.assert_close(rows[0].probs, rows[1].probs, atol=1e-5, rtol=0)
+    noisy = [(r.probs[0], p.probs[0]) for r, p in zip(results[0], plain) if len(r.ids)]
+    assert noisy and all(not torch.allclose(a, b) and float((a / b).log().abs().max()) < 4.6 for a, b in noisy)
+    for r in results[0]:
+        assert all(int(ids[probs.argmax()]) != 9 for probs, ids in zip(r.probs, r.ids))
+
+
+def test_given_latents(pair):
+    """A row that is given its own latents says what it said; all that are given are fed, even beyond where it would have stopped."""
+    model, _ = pair
+    batch, settings = prompts(7, seed=7), Sampling("latent", 3, 5, 6, temperature=0)
+    own = Sampler(model, [9], 262, settings, 3).generate(batch)
+    again = Sampler(model, [9], 262, settings, 4).generate(batch, given=[(r.probs, r.ids) for r in own])
+    assert [r.tokens for r in again] == [r.tokens for r in own]
+    longer = Sampler(model, [9], 262, settings, 4).generate(batch, given=[(own[0].probs.repeat(3, 1), own[0].ids.repeat(3, 1))] * 7)
+    assert all(len(r.ids) == 3 * len(own[0].ids) for r in longer)
+
+
+def test_argmax_latents(pair):
+    model, _ = pair
+    batch = prompts(4, seed=5)
+    for r in Sampler(model, [9], 262, Sampling("latent", 3, 5, 4, temperature=0, latents="argmax"), 4).generate(batch):
+        assert (r.probs == torch.tensor([1.0, 0.0, 0.0])).all()
+
+
+def test_many_prompts(checkpoint):
+    """10,000 prompts of random length on 512 rows, looked at every 3 steps as on a GPU: every result is its own prompt's."""
+    model = load_checkpoint(checkpoint("llama", True))
+    rng = random.Random(8)
+    different = prompts(200, seed=8)
+    which = [rng.randrange(200) for _ in range(10_000)]
+    settings = Sampling("latent", 3, 3, 4, temperature=0)
+    sampler = Sampler(model, [9], 262, settings, 512)
+    sampler.steps, order = 3, []
+    results = sampler.generate([different[i] for i in which], progress=lambda i, r: order.append(i))
+    assert sorted(order) == list(range(10_000))
+    alone = Sampler(model, [9], 262, settings, 1).generate(different)
+    assert len({(*r.tokens, *r.ids.flatten().tolist()) for r in alone}) > 150  # prompts are told apart by their results
+    assert all(r.tokens == alone[i].tokens and torch.equal(r.ids, alone[i].ids) for r, i in zip(results, which))

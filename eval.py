@@ -239,7 +239,7 @@ def main():
         made_with["weights"] = fingerprint(args.model)
         made_with["files"] = (read_json(path).get("files", {}) if path.exists() else {}) | hashes
         found = read_json(path) if path.exists() else made_with
-        for name, value in found["files"].items():
+        for name, value in found.get("files", {}).items():
             if made_with["files"][name] != value:
                 raise UserError(f"{files[name]}: has changed since {out} was begun; choose another --out")
         for key, value in made_with.items():

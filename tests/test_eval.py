@@ -2,11 +2,13 @@
 
 import itertools
 import json
+import os
 import time
 
 import pytest
 import torch
 
+from data import read_jsonl
 import eval as evaluation
 from grade import Grader, boxed
 
@@ -141,3 +143,16 @@ def test_arms(command, checkpoint, data, tmp_path):
     assert [arm in printed for arm in arms] and (tmp_path / "table.md").read_text().count("\n| train |") == len(arms)
     code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / "text", "--arms", "random")
     assert code == 1 and "this model's thinking is text" in error
+
+
+def test_real_benchmarks(grader):
+    """The files' own answers, boxed, are right, and so are at least 99% of MATH-500's written solutions."""
+    folder = os.environ.get("LATENT_SFT_DATA")
+    if not folder:
+        pytest.skip("LATENT_SFT_DATA names no folder of benchmark files")
+    for name in ("gsm8k", "aime-2024", "aime-2025", "gsm-hard", "svamp", "multiarith"):
+        problems = evaluation.load_problems(f"{folder}/{name}-test.jsonl")
+        assert len(problems) >= 30 and all(grader.grade(p.answer, f"So it is \\boxed{{{p.answer}}}.") for p in problems)
+    rows = read_jsonl(f"{folder}/math-500-test.jsonl")
+    wrong = [row["answer"] for row in rows if not grader.grade(row["answer"], row["solution"])]
+    assert len(rows) == 500 and len(wrong) <= 5, wrong

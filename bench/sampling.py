@@ -1,0 +1,120 @@
+"""Decoding speed, ours beside two reference loops on Transformers, in one run on the same problems.
+
+    python bench/sampling.py --model DIR --data gsm8k-test.jsonl --problems 32 --batch-size 32
+    python bench/sampling.py --model DIR --data gsm8k-test.jsonl --shape 1.24b --problems 1319 --batch-size 512
+
+Everybody does the same work for each problem, greedily: --latents superpositions, one token that ends thinking, --answer tokens. The
+references are the loop that the field evaluates with, one problem at a time, and the same on left-padded batches; both keep a KV
+cache. The first problems warm up. How many thoughts and answers agree with ours is printed: rounding may part them in bf16.
+"""
+
+import argparse
+import json
+from pathlib import Path
+import sys
+import tempfile
+import time
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import torch  # noqa: E402
+from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
+
+from data import read_jsonl  # noqa: E402
+from load_hf_weights import base_dtype, hf_name, read_config  # noqa: E402
+from sample import Sampler, Sampling  # noqa: E402
+from tokenizer import Tokenizer  # noqa: E402
+from training import SHAPES, base_model, timed  # noqa: E402
+
+
+@torch.no_grad()
+def reference(hf, prompts, k: int, num_latents: int, end: int, num_tokens: int) -> list[tuple[list, list]]:
+    """(top token of each latent, answer tokens) of every prompt, in one left-padded batch."""
+    device, E, B = hf.device, hf.get_input_embeddings().weight, len(prompts)
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    embeds, position_ids, cache = E[ids], (mask.cumsum(-1) - 1).clamp(min=0), None
+    thoughts, tokens = [], []
+    for step in range(num_latents + 1 + num_tokens):
+        out = hf(inputs_embeds=embeds, attention_mask=mask, position_ids=position_ids, past_key_values=cache, use_cache=True,
+                 logits_to_keep=1)
+        cache, logits = out.past_key_values, out.logits[:, -1].float()
+        if step < num_latents:
+            top, top_ids = logits.topk(k, dim=-1)
+            embeds = torch.einsum("bk,bkd->bd", top.softmax(-1).to(E.dtype), E[top_ids])[:, None]
+            thoughts.append(top_ids[:, 0])
+        else:
+            token = torch.full((B,), end, device=device) if step == num_latents else logits.argmax(-1)
+            embeds = E[token][:, None]
+            tokens += [token] * (step > num_latents)
+        mask = torch.cat([mask, mask.new_ones(B, 1)], dim=1)
+        position_ids = position_ids[:, -1:] + 1
+    return list(zip(*(torch.stack(x, dim=1).tolist() for x in (thoughts, tokens))))
+
+
+def bandwidth(device) -> float:
+    """Bytes per second, read and written, of a large copy."""
+    x = torch.empty(2**28 if device.type == "cuda" else 2**25, dtype=torch.float32, device=device)
+    y = torch.empty_like(x)
+    return 2 * x.nbytes / min(timed(lambda: y.copy_(x), device) for _ in range(10))
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True)
+    p.add_argument("--data", required=True)
+    p.add_argument("--shape", choices=SHAPES)
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--problems", type=int, default=32)
+    p.add_argument("--batch-size", type=int, default=32)
+    p.add_argument("--one-by-one", type=int, default=8, help="problems for the loop that takes one at a time")
+    p.add_argument("--latents", type=int, default=17)
+    p.add_argument("--answer", type=int, default=12)
+    p.add_argument("--top-k", type=int, default=10)
+    args = p.parse_args()
+    device = torch.device(args.device)
+    tokenizer = Tokenizer(args.model, json.loads((Path(args.model) / "config.json").read_text())["model_type"])
+    prompts = [tokenizer.prompt(row["problem"]) for row in read_jsonl(args.data)[:args.problems]]
+    with tempfile.TemporaryDirectory() as directory:
+        if args.shape:
+            (Path(directory) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
+        shape = directory if args.shape else args.model
+        args.config = read_config(shape)
+        model = base_model(args, device)
+        with device:
+            hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shape), dtype=base_dtype(device)).eval()
+    hf.load_state_dict({hf_name(n): p for n, p in model.named_parameters()}, strict=False)
+    never, end = -1, args.config.vocab_size - 1  # an end of turn that does not come, an end of thinking that nobody chooses
+
+    def ours(batch, size):
+        settings = Sampling("latent", args.top_k, args.latents, args.answer, temperature=0)
+        results = Sampler(model, [end], never, settings, size).generate(batch)
+        return [(r.ids[:, 0].tolist(), r.tokens) for r in results]
+    theirs = lambda batch: reference(hf, batch, args.top_k, args.latents, end, args.answer)
+    batched = lambda: [x for i in range(0, len(prompts), args.batch_size) for x in theirs(prompts[i:i + args.batch_size])]
+    few = prompts[:args.one_by_one]
+
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {args.shape or args.model}, {args.latents} latents and {args.answer} answer tokens")
+    results, warm_up = {}, prompts[:args.batch_size]
+    for what, count, run, warm in (
+            (f"ours, {args.batch_size} at a time", len(prompts), lambda: ours(prompts, args.batch_size), lambda: ours(warm_up, args.batch_size)),
+            ("ours, one at a time", len(few), lambda: ours(few, 1), lambda: ours(few[:1], 1)),
+            (f"Transformers, {args.batch_size} at a time", len(prompts), batched, lambda: theirs(warm_up)),
+            ("Transformers, one at a time", len(few), lambda: [x for prompt in few for x in theirs([prompt])], lambda: theirs(few[:1]))):
+        warm()
+        begin = time.perf_counter()
+        results[what] = run()
+        seconds = time.perf_counter() - begin  # results are on the host: the device has finished
+        first = next(iter(results.values()))
+        agree = sum(a == b for a, b in zip(results[what], first)) / count
+        print(f"{what}: {count / seconds:.2f} problems/s, {1000 * seconds / count:.1f} ms each, {agree:.0%} as ours", flush=True)
+        if what == "ours, one at a time":
+            weights = sum(p.nbytes for n, p in model.named_parameters())
+            floor = weights / bandwidth(device) * (args.latents + 1 + args.answer)
+            print(f"    {floor * count / seconds:.0%} of the floor: {weights / 2**30:.2f} GiB of weights read for each token")
+
+
+if __name__ == "__main__":
+    main()

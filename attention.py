@@ -118,6 +118,10 @@ class KVCache:
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens read so far: the next position
 
+    @staticmethod
+    def bytes_per_row(config: Config, length: int, dtype) -> int:
+        return 2 * config.num_hidden_layers * length * config.num_key_value_heads * config.head_dim * dtype.itemsize
+
     def prefill(self, rows: torch.Tensor, labels: Labels, position_ids: torch.Tensor):
         """`attend` that reads one packed row of prompts and stores document i in cache row `rows[i]`, from its start."""
         attend, row = PackedAttention(labels), rows[labels.document]

@@ -125,6 +125,13 @@ def from_rank0(function):
     return box[0]
 
 
+def free_memory(device: torch.device) -> float:
+    """Bytes that a GPU has left, those included that PyTorch keeps for later; a CPU is not asked."""
+    if device.type != "cuda":
+        return float("inf")
+    return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
 @cache
 def _compiled(function):
     return torch.compile(function)

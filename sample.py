@@ -16,7 +16,7 @@ import latents
 from load_hf_weights import base_dtype, load_model
 from masks import PROMPT, Labels
 from model import Model
-from runs import UserError, at_least, parser, run_main, start
+from runs import UserError, at_least, free_memory, parser, run_main, start
 from tokenizer import Tokenizer
 
 OPENING = "\\boxed{"  # what a forced answer begins with
@@ -83,28 +83,32 @@ class Sampler:
         self.steps = 8 if self.device.type == "cuda" else 1  # between two looks at who has finished: a look waits for the GPU
 
     @torch.no_grad()
-    def generate(self, prompts: list[list[int]], numbers=None, progress=lambda i, result: None, given=None) -> list[Result]:
+    def generate(self, prompts: list[list[int]], numbers=None, progress=lambda i, result: None, given=None,
+                 watch=None) -> list[Result]:
         """A Result for each prompt (ids of Q <think>), in order; `progress(i, result)` is called as each one ends.
 
         A prompt's random numbers depend on the seed and its number (its place in the list, or `numbers`), not on the batch
         it runs in. `given`: for each prompt the latents (probs [n, k], ids [n, k]) to be fed, all n and no others.
+        `watch(i, result)` is called with the unfinished results, again and again.
         """
         self.numbers, self.given = range(len(prompts)) if numbers is None else numbers, given
-        s, B, results = self.settings, min(self.batch_size, len(prompts)), [None] * len(prompts)
+        s, config, dtype = self.settings, self.model.config, self.model.embed_tokens.weight.dtype
         thoughts = max((len(ids) for _, ids in given), default=0) if given else s.max_latents
         length = max(map(len, prompts)) + thoughts + len(self.end_think) + s.max_new_tokens + self.steps
-        self.cache = KVCache(self.model.config, B, length, self.device, self.model.embed_tokens.weight.dtype)
+        fitting = 0.8 * free_memory(self.device) / KVCache.bytes_per_row(config, length, dtype)
+        B, results = max(1, int(min(self.batch_size, len(prompts), fitting))), [None] * len(prompts)  # others wait for a row
+        self.cache = KVCache(config, B, length, self.device, dtype)
         zeros = lambda *shape, dtype=torch.long: torch.zeros(B, *shape, dtype=dtype, device=self.device)
         self.active, self.thinking = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
         self.closed, self.num_latents, self.num_tokens = zeros(), zeros(), zeros()  # `closed`: tokens of </think> fed
         self.budget, self.rows = zeros(), torch.arange(B, device=self.device)  # budget: of latents
-        k = s.top_k or min(SHOWN, self.model.config.vocab_size)
+        k = s.top_k or min(SHOWN, config.vocab_size)
         self.probs, self.ids = zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k)
         self.tokens, self.uniform = zeros(s.max_new_tokens), zeros(s.max_new_tokens, dtype=torch.float32)
         self.gumbel = zeros(thoughts + 1, k, dtype=torch.float32) if s.noise else None
         self.other_ids = zeros(thoughts + 1, k) if given or s.latents == "random" else None
         self.other_probs = zeros(thoughts + 1, k, dtype=torch.float32) if given else None
-        self.hidden = zeros(self.model.config.hidden_size, dtype=self.model.embed_tokens.weight.dtype)
+        self.hidden = zeros(config.hidden_size, dtype=dtype)
         running, waiting = {}, list(range(len(prompts)))[::-1]  # running: row -> [place of its prompt, tokens read]
 
         while waiting or running:
@@ -122,6 +126,8 @@ class Sampler:
                 i, _ = running.pop(row)
                 results[i] = self._result(row)
                 progress(i, results[i])
+            for row in running if watch else ():
+                watch(running[row][0], self._result(row))
         return results
 
     def _admit(self, fresh: dict[int, int], prompts) -> None:
@@ -199,17 +205,17 @@ class Sampler:
 
     def _result(self, row: int) -> Result:
         n, tokens = int(self.num_latents[row]), self.tokens[row, :int(self.num_tokens[row])].tolist()
-        finished = tokens[-1] == self.end_of_turn
+        finished = tokens[-1:] == [self.end_of_turn]
         probs, ids = (x[row, :n].cpu().clone() for x in (self.probs, self.ids))
         return Result(probs, ids, tokens[:-1] if finished else tokens, finished)
 
 
 def generate(model: Model, tokenizer: Tokenizer, problems: list[str], settings: Sampling, batch_size: int = 64,
-             numbers=None, progress=lambda i, result: None, given=None) -> list[Result]:
-    """Thinks about and answers each problem; results in order. `numbers`, `progress`, `given` as in Sampler.generate."""
+             numbers=None, progress=lambda i, result: None, given=None, watch=None) -> list[Result]:
+    """Thinks about and answers each problem; results in order. The other arguments are those of Sampler.generate."""
     end_think = tokenizer.end_think + (tokenizer.encode(OPENING) if settings.forced else [])
     sampler = Sampler(model, end_think, tokenizer.end_of_turn, settings, batch_size)
-    return sampler.generate([tokenizer.prompt(p) for p in problems], numbers, progress, given)
+    return sampler.generate([tokenizer.prompt(p) for p in problems], numbers, progress, given, watch)
 
 
 def add_sampling_arguments(p) -> None:
@@ -233,12 +239,26 @@ def sampling(args, reasons: dict) -> Sampling:
                     args.top_p, args.noise, args.noise_temperature, seed=args.seed)
 
 
-def show(result: Result, tokenizer: Tokenizer) -> None:
-    """Prints each latent's likeliest tokens with bars for their weights, then the answer."""
-    for n, (probs, ids) in enumerate(zip(result.probs.tolist(), result.ids.tolist()), 1):
-        top = sorted(zip(probs, ids), reverse=True)[:5]
-        print(f"{n:4d}  " + "  ".join(f"{tokenizer.decode([i])!r} {BARS[min(7, int(8 * p))]}{p:.2f}" for p, i in top))
-    print(tokenizer.decode(result.tokens) + ("" if result.finished else " [budget used up]"))
+class Display:
+    """Shows one result while it grows: each latent's likeliest tokens with bars for their weights, then the answer."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.latents, self.text = tokenizer, 0, ""
+
+    def __call__(self, i: int, result: Result) -> None:
+        for n in range(self.latents, len(result.ids)):
+            top = sorted(zip(result.probs[n].tolist(), result.ids[n].tolist()), reverse=True)[:5]
+            print(f"{n + 1:4d}  " + "  ".join(f"{self.tokenizer.decode([i])!r} {BARS[min(7, int(8 * p))]}{p:.2f}" for p, i in top))
+        text = self.tokenizer.decode(result.tokens).rstrip("\N{REPLACEMENT CHARACTER}")  # half a character may be the last
+        print(text[len(self.text):], end="", flush=True)
+        self.latents, self.text = len(result.ids), text
+
+
+def answer(model: Model, tokenizer: Tokenizer, problem: str, settings: Sampling) -> None:
+    """Thinks about one problem and answers it, on the screen."""
+    display = Display(tokenizer)
+    result, = generate(model, tokenizer, [problem], settings, 1, progress=display, watch=display)
+    print("" if result.finished else " [budget used up]")
 
 
 def main():
@@ -252,7 +272,7 @@ def main():
     if args.prompt is not None:
         if not args.prompt.strip():
             raise UserError("--prompt: the problem is empty")
-        show(generate(model, tokenizer, [args.prompt], settings)[0], tokenizer)
+        answer(model, tokenizer, args.prompt, settings)
         return
     while True:
         try:
@@ -261,7 +281,7 @@ def main():
             print()
             return
         if problem.strip():
-            show(generate(model, tokenizer, [problem], settings)[0], tokenizer)
+            answer(model, tokenizer, problem, settings)
             settings = replace(settings, seed=settings.seed + 1)
 
 

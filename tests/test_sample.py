@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from load_hf_weights import load_checkpoint
+from attention import KVCache
+from load_hf_weights import load_checkpoint, load_model
 import oracle
-from sample import Sampler, Sampling, pick
+import sample
+from sample import Sampler, Sampling, answer, generate, pick
 
 
 def prompts(count, seed=0):
@@ -154,3 +156,27 @@ def test_many_prompts(checkpoint):
     alone = Sampler(model, [9], 262, settings, 1).generate(different)
     assert len({(*r.tokens, *r.ids.flatten().tolist()) for r in alone}) > 150  # prompts are told apart by their results
     assert all(r.tokens == alone[i].tokens and torch.equal(r.ids, alone[i].ids) for r, i in zip(results, which))
+
+
+def test_display_shows_the_result_as_it_grows(checkpoint, capsys):
+    """What a person sees of a problem, piece by piece, is the result."""
+    model, tokenizer, _ = load_model(checkpoint())
+    settings, seen = Sampling("latent", 3, 4, 9, temperature=1.0), []
+    answer(model, tokenizer, "1+1", settings)
+    shown = capsys.readouterr().out
+    result, = generate(model, tokenizer, ["1+1"], settings, watch=lambda i, r: seen.append((len(r.ids), len(r.tokens))))
+    assert shown.splitlines()[:len(result.ids)] == [line for line in shown.splitlines() if line[:4].strip().isdigit()][:len(result.ids)]
+    assert tokenizer.decode(result.tokens).rstrip("\N{REPLACEMENT CHARACTER}") in shown
+    assert seen == sorted(seen) and seen[0] == (1, 0) and len(set(seen)) > len(result.tokens)
+
+
+def test_rows_wait_for_room(pair, monkeypatch):
+    """With memory for three rows of the cache, the others wait, and nothing else changes."""
+    model, _ = pair
+    batch, settings = prompts(9, seed=9), Sampling("latent", 3, 4, 5, temperature=0)
+    expected = Sampler(model, [9], 262, settings, 9).generate(batch)
+    length = max(map(len, batch)) + 4 + 1 + 5 + 1
+    monkeypatch.setattr(sample, "free_memory", lambda device: 3.9 / 0.8 * KVCache.bytes_per_row(model.config, length, torch.float64))
+    sampler = Sampler(model, [9], 262, settings, 9)
+    assert [r.tokens for r in sampler.generate(batch)] == [r.tokens for r in expected] and sampler.cache.k.shape[1] == 3
+    assert KVCache.bytes_per_row(model.config, length, torch.float64) * 3 == sampler.cache.k.nbytes + sampler.cache.v.nbytes

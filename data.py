@@ -57,14 +57,18 @@ def text_field(row: dict, key: str, path) -> str:
     return value
 
 
+def bare_chain(cot: str) -> str:
+    """A written chain without the think tags around it."""
+    cot = cot.lstrip().removeprefix(THINK) if cot.lstrip().startswith(THINK) else cot
+    return cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot
+
+
 def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True) -> list[Example]:
     """Training examples from {"problem", "cot", "cot_answer"} lines; without `chain` the chains are left empty."""
     examples = []
     for row in read_jsonl(path):
         problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
-        cot = text_field(row, "cot", path) if chain else ""
-        cot = cot.lstrip().removeprefix(THINK) if cot.lstrip().startswith(THINK) else cot
-        cot = cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot
+        cot = bare_chain(text_field(row, "cot", path)) if chain else ""
         if chain and not cot.strip():
             raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds no chain between its think tags")
         examples.append(Example(tokenizer.prompt(problem), tokenizer.encode(cot), tokenizer.end_think,

@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import read_jsonl, text_field
+from data import bare_chain, read_jsonl, text_field
 from grade import Grader, boxed
 from load_hf_weights import base_dtype, fingerprint, load_model
-from runs import UserError, at_least, file_hash, from_rank0, parser, read_json, run_main, start, write_json, write_text
+from runs import UserError, at_least, file_hash, from_rank0, is_free, parser, read_json, run_main, start, write_json, write_text
 from sample import OPENING, Result, Sampling, add_sampling_arguments, generate, sampling
 from tokenizer import Tokenizer
 
@@ -49,7 +49,7 @@ def load_problems(path: str) -> list[Problem]:
             answer = text_field(row, "answer", path)
         elif (answer := boxed(text_field(row, "cot_answer", path))) is None:
             raise UserError(f"{path}, line {row['_line']}: the field \"cot_answer\" holds no \\boxed{{...}}")
-        problems.append(Problem(problem, answer, text_field(row, "cot", path) if "cot" in row else None))
+        problems.append(Problem(problem, answer, bare_chain(text_field(row, "cot", path)) if "cot" in row else None))
     return problems
 
 
@@ -112,7 +112,7 @@ def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
     mean = lambda key, lines=predictions: sum(p[key] for p in lines) / len(lines)
     summary = {"accuracy": 100 * accuracy, "interval": 196 * (variance / n) ** 0.5, "count": n, "samples": samples}
     summary |= {f"pass@{k}": 100 * sum(pass_at(k, samples, c) for c in right) / n
-                for k in {1, *(2**i for i in range(1, samples.bit_length())), samples} if 1 < k <= samples}
+                for k in sorted({*(2**i for i in range(1, samples.bit_length())), samples} - {1})}
     compared = [p for p in predictions if p.get("ecr") is not None]
     if compared:
         summary["ecr"] = mean("ecr", compared)
@@ -122,7 +122,8 @@ def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
 
 def partial_files(path: Path) -> list[Path]:
     """What the ranks have sampled so far for the results at `path`."""
-    return sorted(path.parent.glob(f".{path.name}.*.partial"))
+    name = re.compile(re.escape(f".{path.name}.") + r"\d+\.partial")
+    return sorted(file for file in path.parent.iterdir() if name.fullmatch(file.name)) if path.parent.exists() else []
 
 
 class Done:
@@ -136,7 +137,9 @@ class Done:
                     row = json.loads(line)
                 except json.JSONDecodeError:  # being written when the run was killed
                     continue
-                probs, ids = torch.tensor(row["probs"]), torch.tensor(row["ids"], dtype=torch.long)
+                n = len(row["ids"])  # may be 0
+                probs, ids = torch.tensor(row["probs"]).reshape(n, -1 if n else 1), torch.tensor(row["ids"], dtype=torch.long)
+                ids = ids.reshape(probs.shape)
                 self.results[row["number"]] = Result(probs, ids, row["tokens"], row["finished"])
                 self.seconds = max(self.seconds, row["seconds"])
         self.begin, self.mine = time.time(), path.with_name(f".{path.name}.{rank}.partial")
@@ -180,11 +183,9 @@ def sampled(model, tokenizer, problems, args, settings, path: Path, rank: int, w
 
 def evaluate(model, tokenizer, problems, args, name: str, reasons, path: Path, made_with: dict, rank, world) -> dict:
     """Samples, grades and writes one arm of one file; returns its summary."""
-    settings = settings_of(name, sampling(args, reasons))
-    if settings.thinking != "latent" and name not in ("free", "floor"):
-        raise UserError(f"--arms {name}: is for thinking in latents, and this model's thinking is {settings.thinking}")
+    settings = settings_of(name, sampling(args, reasons, model.config.vocab_size))
     summary_file, lines_file = (path.with_name(path.name + end) for end in (".json", ".predictions.jsonl"))
-    if summary_file.exists():
+    if summary_file.exists():  # of an earlier call with these settings: see check_out
         return read_json(summary_file)
     given = None
     if name == "other":  # the free arm's latents, of the same sample of the next problem
@@ -229,13 +230,25 @@ def main():
     problems_of = {name: load_problems(file) for name, file in files.items()}
     hashes = {name: file_hash(file) for name, file in files.items()}
     model, tokenizer, reasons = load_model(args.model, device, base_dtype(device))
-    settings = sampling(args, reasons)
+    settings = sampling(args, reasons, model.config.vocab_size)
     made_with = {key: value for key, value in vars(args).items() if key not in ("data", "out", "device", "batch_size", "arms")}
     made_with |= {"top_k": settings.top_k}
     out = Path(args.out)
+    path_of = lambda name, which: out / (name if which == "free" else f"{name}.{which}")
+    if len({path_of(name, which) for name in files for which in args.arms}) < len(files) * len(args.arms):
+        raise UserError("--data, --arms: two of the results would have the same name; evaluate the files one by one")
+    for which in args.arms:
+        if settings_of(which, settings).thinking != "latent" and which not in ("free", "floor"):
+            raise UserError(f"--arms {which}: is for thinking in latents, and this model's thinking is {settings.thinking}")
+        if which in ("random", "other") and not settings.top_k:
+            raise UserError(f"--arms {which}: is for superpositions of the top k tokens, not of all (--top-k 0)")
+        if which == "other" and min(map(len, problems_of.values())) < 2:
+            raise UserError("--arms other: needs at least two problems in a file")
 
     def check_out():
         path = out / "settings.json"  # of all that lies in OUT, finished or not
+        if out.is_dir() and not path.exists() and not is_free(out):
+            raise UserError(f"{out}: is there already and holds no evaluation; choose another --out")
         made_with["weights"] = fingerprint(args.model)
         made_with["files"] = (read_json(path).get("files", {}) if path.exists() else {}) | hashes
         found = read_json(path) if path.exists() else made_with
@@ -255,7 +268,7 @@ def main():
     rows = []
     for name, problems in problems_of.items():
         for which in args.arms:
-            path = out / (name if which == "free" else f"{name}.{which}")
+            path = path_of(name, which)
             s = evaluate(model, tokenizer, problems, args, which, reasons, path, made_with_file(name), rank, world)
             rows.append((name, which, s))
             if rank == 0:

@@ -56,7 +56,7 @@ def project(x: torch.Tensor, linears: list[LoRALinear], adapter: str | None) -> 
 
 
 def _joined(x, low, W, B, bias):
-    """x W^T + low B^T + bias, rounded once."""
+    """x W^T + low B^T + bias."""
     if len(W) > W.shape[1]:  # wider than x
         return _JoinedProduct.apply(x, low, W, B, bias)
     # adding in float32 also keeps torch.compile from an addmm, which would first copy the base's output
@@ -64,7 +64,7 @@ def _joined(x, low, W, B, bias):
 
 
 class _JoinedProduct(torch.autograd.Function):
-    """The same as one product, [x low] [W B]^T, for a frozen W [out, in] and a B [out, rank] that learns.
+    """The same, rounded once, as one product, [x low] [W B]^T, for a frozen W [out, in] and a B [out, rank] that learns.
 
     Two products would write and read their wide result twice, which costs a GPU more than the small product itself.
     """

@@ -230,9 +230,11 @@ def add_sampling_arguments(p) -> None:
     p.add_argument("--top-p", type=at_least(1e-6, float), default=0.95, help="share of probability that is sampled from")
 
 
-def sampling(args, reasons: dict) -> Sampling:
+def sampling(args, reasons: dict, vocab_size: int) -> Sampling:
     """The settings of a command line, completed by what the model says of itself."""
     top_k = reasons["top_k"] if args.top_k is None else args.top_k
+    if top_k > vocab_size:
+        raise UserError(f"--top-k {top_k}: the vocabulary has only {vocab_size} tokens")
     if args.noise and not top_k:
         raise UserError("--noise: is for superpositions of the top k tokens, not of all (--top-k 0)")
     return Sampling(args.thinking or reasons["thinking"], top_k, args.max_latents, args.max_new_tokens, args.temperature,
@@ -268,7 +270,7 @@ def main():
     args = p.parse_args()
     _, _, device = start(args.device)
     model, tokenizer, reasons = load_model(args.model, device, base_dtype(device))
-    settings = sampling(args, reasons)
+    settings = sampling(args, reasons, model.config.vocab_size)
     if args.prompt is not None:
         if not args.prompt.strip():
             raise UserError("--prompt: the problem is empty")

@@ -134,14 +134,15 @@ def _reduced(values: dict[str, float], device) -> dict[str, float]:
 
 
 def deal(task: Task, examples: list, row_tokens: int, rank: int, world: int) -> tuple[list[list], int]:
-    """The rows of a batch that are this rank's, and how many of the last ones only repeat the first and count for nothing.
+    """The rows of a batch that are this rank's, and how many of the last ones only repeat another and count for nothing.
 
     All ranks get as many, since sharded layers are gathered by all of them together.
     """
     rows = pack([task.length(e) for e in examples], row_tokens, world)
-    mine = [[examples[i] for i in indices] for indices in rows[rank::world]]
+    rows = [[examples[i] for i in indices] for indices in rows]
+    mine = rows[rank::world]
     repeats = -(-len(rows) // world) - len(mine)
-    return mine + mine[:1] * repeats, repeats
+    return mine + rows[:1] * repeats, repeats
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> torch.Tensor:
@@ -277,6 +278,8 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
                 if rank == 0:
                     print(f"{out}: stopped after step {step + 1} of {steps}; the same command goes on from there")
                 raise KeyboardInterrupt
+    if world > 1:
+        dist.barrier()  # nobody still looks for the state that is about to go
     if rank == 0:
         metrics.close()
         seconds = time.time() - begin

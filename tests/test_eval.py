@@ -118,6 +118,13 @@ def test_stopped_evaluation_goes_on(command, checkpoint, data, tmp_path, monkeyp
     assert sorted(done + again) == list(range(80)) and len(again) == 80 - 33
     one, two = ((tmp_path / x / "train.predictions.jsonl").read_text() for x in ("whole", "stopped"))
     assert one == two and not list((tmp_path / "stopped").glob(".*"))
+    # another arm that was stopped is another matter
+    partial = tmp_path / "stopped" / ".train.random.0.partial"
+    partial.write_text("{}")
+    (tmp_path / "stopped" / "train.json").unlink()
+    again.clear()
+    assert command(evaluation.main, *arguments, "--out", tmp_path / "stopped")[0] == 0
+    assert len(again) == 80 and partial.read_text() == "{}" and (tmp_path / "stopped" / "train.predictions.jsonl").read_text() == one
     assert json.loads((tmp_path / "whole" / "train.json").read_text())["ecr"] >= 0
     code, _, error = command(evaluation.main, *arguments, "--out", tmp_path / "stopped", "--seed", 9)
     assert code == 1 and "is of another evaluation (seed is 1 there, 9 here)" in error
@@ -140,7 +147,7 @@ def test_arms(command, checkpoint, data, tmp_path):
     assert all(x[0] == y[0] for x, y in zip(tokens("argmax"), free) if y) and tokens("argmax") != free
     assert all(p[0][1] == 1 for line in lines["argmax"] for p in line["latents"])
     assert tokens("random") != free
-    assert [arm in printed for arm in arms] and (tmp_path / "table.md").read_text().count("\n| train |") == len(arms)
+    assert all(f"| train | {arm} |" in printed for arm in arms) and (tmp_path / "table.md").read_text().count("\n| train |") == len(arms)
     code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / "text", "--arms", "random")
     assert code == 1 and "this model's thinking is text" in error
 
@@ -156,3 +163,30 @@ def test_real_benchmarks(grader):
     rows = read_jsonl(f"{folder}/math-500-test.jsonl")
     wrong = [row["answer"] for row in rows if not grader.grade(row["answer"], row["solution"])]
     assert len(rows) == 500 and len(wrong) <= 5, wrong
+
+
+def test_other_latents_where_there_are_none(command, checkpoint, data, tmp_path):
+    code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path, *ARGUMENTS, "--max-latents", 0,
+                             "--arms", "other")
+    assert code == 0, error
+
+
+def test_bad_calls_cost_nothing(command, checkpoint, data, tmp_path):
+    """One sentence, before anything is sampled."""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "train.json").write_text("{}")
+    twin = tmp_path / "train.random.jsonl"
+    twin.write_text(data.read_text())
+    for flags, out, message in ((["--arms", "free", "random", "--thinking", "text"], "a", "this model's thinking is text"),
+                                (["--arms", "other", "--top-k", 0], "b", "not of all (--top-k 0)"),
+                                (["--top-k", 5000], "c", "the vocabulary has only"), ([], "foreign", "holds no evaluation"),
+                                (["--data", data, twin, "--arms", "free", "random"], "d", "the same name")):
+        code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / out, *ARGUMENTS, *flags)
+        assert code == 1 and message in error and error.count("\n") == 1
+        assert not list((tmp_path / out).glob("*predictions*"))
+
+
+def test_chains_of_a_benchmark_are_those_of_training(tmp_path):
+    path = tmp_path / "tagged.jsonl"
+    path.write_text(json.dumps({"problem": "1", "answer": "2", "cot": "<think>12</think>"}))
+    assert evaluation.load_problems(path)[0].chain == "12"

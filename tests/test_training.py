@@ -295,3 +295,15 @@ def test_learning_rate_and_order():
     assert all(a > b for a, b in zip(rates[4:], rates[5:]))
     seen = [i for step in range(5) for i in trainer.batch_indices(step, 8, 20, seed=3)]
     assert sorted(seen[:20]) == sorted(seen[20:]) == list(range(20)) and seen[:20] != seen[20:]
+
+
+def test_every_rank_is_dealt_as_many_rows():
+    """Also where there are fewer examples than ranks; each example counts once."""
+    class Numbers(trainer.Task):
+        def length(self, example):
+            return example
+    for count in range(1, 9):
+        dealt = [trainer.deal(Numbers(), list(range(10, 10 + count)), 20, rank, 3) for rank in range(3)]
+        assert len({len(rows) for rows, _ in dealt}) == 1
+        real = [e for rows, repeats in dealt for row in rows[:len(rows) - repeats] for e in row]
+        assert sorted(real) == list(range(10, 10 + count))

@@ -61,7 +61,7 @@ class PackedAttention:
         parts = []
         for grid, valid, mask in self.groups:  # [documents, heads, longest, head_dim]
             gathered = (x.index_select(0, grid.flatten()).unflatten(0, grid.shape).transpose(1, 2) for x in (q, k, v))
-            part = _attention(*gathered, mask)
+            part = F.scaled_dot_product_attention(*gathered, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
             parts.append(part.transpose(1, 2)[valid])
         return torch.cat(parts)[self.order]
 
@@ -79,17 +79,17 @@ class PackedAttention:
         first = torch.searchsorted(document, document[::BLOCK].contiguous()) // BLOCK
         own = torch.arange(len(first), device=document.device)
         indices = (first[:, None] + own).clamp(max=len(own) - 1)  # row i: first_i, first_i + 1, ...; own - first + 1 of them
-        mask = BlockMask.from_kv_blocks((own - first + 1).int()[None, None], indices.int()[None, None], BLOCK_SIZE=BLOCK,
+        return BlockMask.from_kv_blocks((own - first + 1).int()[None, None], indices.int()[None, None], BLOCK_SIZE=BLOCK,
                                         mask_mod=lambda b, h, q, k: rule(labels, q, k), seq_lengths=(len(document),) * 2)
-        return mask
 
     def _flex(self, q, k, v):
+        attention = fused(flex_attention, q)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         options = {"ROWS_GUARANTEED_SAFE": True, "BLOCKS_ARE_CONTIGUOUS": True}  # every query sees itself; see block_mask
         if q.dtype != torch.float32:
             options["fwd_BLOCK_N"] = 64  # with short documents more than twice as fast as the default of 128
-        attended = fused(flex_attention, q)(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1],
-                                            kernel_options=options if q.is_cuda else None)
+        attended = attention(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1],
+                             kernel_options=options if q.is_cuda else None)
         return attended[0].transpose(0, 1)
 
 
@@ -106,15 +106,12 @@ def _flash_varlen():
     return lambda q, k, v, cu, longest: varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **gqa)
 
 
-def _attention(q, k, v, mask):
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-
-
 class KVCache:
     """Keys and values of `rows` sequences of up to `length` tokens; each row is its own sequence and may be reused."""
 
     def __init__(self, config: Config, rows: int, length: int, device, dtype):
-        shape = (config.num_hidden_layers, rows, length, config.num_key_value_heads, config.head_dim)
+        self.config = config
+        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens read so far: the next position
 
@@ -128,21 +125,34 @@ class KVCache:
         self.lengths[rows] = torch.bincount(labels.document, minlength=len(rows))
 
         def prefill(layer, q, k, v):
-            self.k[layer, row, position_ids], self.v[layer, row, position_ids] = k, v
+            self.k[layer, row, :, position_ids], self.v[layer, row, :, position_ids] = k, v
             return attend(layer, q, k, v)
         return prefill
 
     def decode(self, active: torch.Tensor, longest: int):
         """`attend` for one more token of every row, at position `lengths`; only rows in bool `active` grow by it.
 
-        `longest`: at least as many tokens as any row will then have.
+        `longest`: at least as many tokens as any row will then have. A GPU asks the rows themselves, block by block.
         """
         row, position = torch.arange(len(self.lengths), device=self.lengths.device), self.lengths.clone()
-        mask = (torch.arange(longest, device=position.device) <= position[:, None])[:, None, None]
         self.lengths += active
+        attend = self._blocks_up_to(position) if position.is_cuda else self._all_up_to(position, longest)
 
         def decode(layer, q, k, v):
-            self.k[layer, row, position], self.v[layer, row, position] = k, v
-            keys, values = (cache[layer, :, :longest].transpose(1, 2) for cache in (self.k, self.v))
-            return _attention(q[:, :, None], keys, values, mask)[:, :, 0]
+            self.k[layer, row, :, position], self.v[layer, row, :, position] = k, v
+            # the heads that share keys and values are so many queries at one position
+            return attend(q.unflatten(1, (k.shape[1], -1)), self.k[layer], self.v[layer]).flatten(1, 2)
         return decode
+
+    @staticmethod
+    def _all_up_to(position, longest):
+        mask = (torch.arange(longest, device=position.device) <= position[:, None])[:, None, None]
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :longest], v[:, :, :longest], attn_mask=mask)
+
+    def _blocks_up_to(self, position):
+        length, heads = self.k.shape[3], self.config.num_attention_heads // self.config.num_key_value_heads
+        indices = torch.arange(length // BLOCK, dtype=torch.int32, device=position.device).expand(len(position), 1, 1, -1)
+        mask = BlockMask.from_kv_blocks((position // BLOCK + 1).int()[:, None, None], indices.contiguous(), BLOCK_SIZE=BLOCK,
+                                        mask_mod=lambda b, h, q, k: k <= position[b], seq_lengths=(heads, length),
+                                        compute_q_blocks=False)
+        return lambda q, k, v: fused(flex_attention, q)(q, k, v, block_mask=mask)

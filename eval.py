@@ -64,7 +64,7 @@ def settings_of(name: str, settings: Sampling) -> Sampling:
     """The settings with which an arm is sampled."""
     if name.startswith("cut-"):
         return replace(settings, max_latents=int(name[4:]))
-    changes = {"free": {}, "forced": {"forced": True}, "floor": {"forced": True, "thinking": "none"}, "other": {}}
+    changes = {"free": {}, "forced": {"forced": True}, "floor": {"forced": True, "thinking": "none"}, "other": {"latents": "given"}}
     return replace(settings, **changes.get(name, {"latents": name}))
 
 
@@ -173,36 +173,36 @@ def sampled(model, tokenizer, problems, args, settings, path: Path, rank: int, w
             done.add(numbers[i], result)
             bar.update()
         if numbers:
-            generate(model, tokenizer, [problems[n // args.samples].text for n in numbers], settings, args.batch_size, numbers,
-                     progress, given and [given[n] for n in numbers])
+            generate(model, tokenizer, [problems[n // args.samples].text for n in numbers], settings, args.batch_size,
+                     numbers=numbers, progress=progress, given=given and [given[n] for n in numbers])
     if dist.is_initialized():
         dist.barrier()
     everything = Done(path, rank)
     return everything.results, everything.seconds
 
 
-def evaluate(model, tokenizer, problems, args, name: str, reasons, path: Path, made_with: dict, rank, world) -> dict:
-    """Samples, grades and writes one arm of one file; returns its summary."""
-    settings = settings_of(name, sampling(args, reasons, model.config.vocab_size))
+def evaluate(model, tokenizer, problems, args, free: Sampling, name: str, r: int, path: Path, made_with: dict, rank, world) -> dict:
+    """Samples, grades and writes the arm `name` of one file; returns its summary. `free`: the settings of the arm free."""
+    settings = settings_of(name, free)
     summary_file, lines_file = (path.with_name(path.name + end) for end in (".json", ".predictions.jsonl"))
     if summary_file.exists():  # of an earlier call with these settings: see check_out
         return read_json(summary_file)
     given = None
     if name == "other":  # the free arm's latents, of the same sample of the next problem
-        own, _ = sampled(model, tokenizer, problems, args, settings, path.with_name(path.name + "-own"), rank, world)
+        own, _ = sampled(model, tokenizer, problems, args, free, path.with_name(path.name + "-own"), rank, world)
         given = [(own[n].probs, own[n].ids) for n in range(len(own))]
         given = given[args.samples:] + given[:args.samples]
     results, seconds = sampled(model, tokenizer, problems, args, settings, path, rank, world, given)
     with Grader() as grader:
-        mine = [prediction(problems[n // args.samples], results[n], tokenizer, settings, reasons["compression"], grader)
+        mine = [prediction(problems[n // args.samples], results[n], tokenizer, settings, r, grader)
                 for n in tqdm(range(rank, len(results), world), desc="grading", disable=rank > 0, mininterval=5, leave=False)]
     parts = [mine]
     if dist.is_initialized():
         parts = [None] * world
         dist.all_gather_object(parts, mine)
     predictions = [None] * len(results)
-    for r, part in enumerate(parts):
-        predictions[r::world] = part
+    for i, part in enumerate(parts):
+        predictions[i::world] = part
 
     def write():
         write_text(lines_file, "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in predictions))
@@ -240,8 +240,6 @@ def main():
     for which in args.arms:
         if settings_of(which, settings).thinking != "latent" and which not in ("free", "floor"):
             raise UserError(f"--arms {which}: is for thinking in latents, and this model's thinking is {settings.thinking}")
-        if which in ("random", "other") and not settings.top_k:
-            raise UserError(f"--arms {which}: is for superpositions of the top k tokens, not of all (--top-k 0)")
         if which == "other" and min(map(len, problems_of.values())) < 2:
             raise UserError("--arms other: needs at least two problems in a file")
 
@@ -264,12 +262,12 @@ def main():
     if rank == 0:
         print(f"eval: {args.model} on {', '.join(f'{files[n]} ({len(ps)})' for n, ps in problems_of.items())}, "
               f"thinking {settings.thinking}, {args.samples} sample(s) of each, on {world} x {device}")
-    made_with_file = lambda name: {k: v for k, v in made_with.items() if k != "files"} | {"file": files[name]}
-    rows = []
+    of_all, rows = {k: v for k, v in made_with.items() if k != "files"}, []
     for name, problems in problems_of.items():
         for which in args.arms:
             path = path_of(name, which)
-            s = evaluate(model, tokenizer, problems, args, which, reasons, path, made_with_file(name), rank, world)
+            s = evaluate(model, tokenizer, problems, args, settings, which, reasons["compression"], path,
+                         of_all | {"file": files[name]}, rank, world)
             rows.append((name, which, s))
             if rank == 0:
                 more = "".join(f", {k} {v:.1f}" for k, v in s.items() if k.startswith("pass@"))

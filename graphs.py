@@ -1,16 +1,36 @@
-"""A packed row through the model; on a GPU, in training, replayed as CUDA graphs.
+"""CUDA graphs: what a GPU does again and again is recorded once and replayed as a whole.
 
 A layer is some hundred small kernels, forward and backward, and launching them takes a CPU longer than running them takes the
-GPU. Rows of one size (data.RowShape) need the same launches every time: they are recorded once and replayed as a whole.
+GPU. Packed rows of one size (data.RowShape) need the same launches every time, and so does a decoding step (sample.py).
 """
 
 from dataclasses import replace
+from typing import Callable
 
 import torch
 
 from attention import PackedAttention
 from data import Row
 from model import Model
+
+
+def recorded(run: Callable[[], None]) -> Callable[[], None]:
+    """`run`, which works on fixed memory, as the replay of a CUDA graph. To record it, it is called three times."""
+    _warm_up(run)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+def _warm_up(run: Callable[[], None]) -> None:
+    """Two calls, in which functions are compiled and libraries allocate what they keep."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 def run_row(model: Model, inputs_embeds: torch.Tensor, row: Row, rule, adapter: str | None = None) -> torch.Tensor:
@@ -56,15 +76,12 @@ class _Graphs:
             self._record(record, x)
 
     def _record(self, run, x):
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, and lets libraries allocate what they keep
-                h = run()
-                self.grad = torch.zeros_like(h)
-                if h.requires_grad:
-                    self._gradients(h, x)
-        torch.cuda.current_stream().wait_stream(stream)
+        def both():
+            h = run()
+            self.grad = torch.zeros_like(h)
+            if h.requires_grad:
+                self._gradients(h, x)
+        _warm_up(both)
         self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward_graph):
             h = run()

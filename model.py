@@ -12,7 +12,6 @@ from typing import Callable
 import torch
 from torch import nn
 import torch.nn.functional as F
-
 from torch.utils.checkpoint import checkpoint
 
 from lora import LoRALinear, project

@@ -133,13 +133,18 @@ def free_memory(device: torch.device) -> float:
 
 
 @cache
-def _compiled(function):
-    return torch.compile(function)
+def _compiled(function, **options):
+    return torch.compile(function, options=options or None)
 
 
 def fused(function, x: torch.Tensor):
-    """`function`; where `x` is on a GPU, compiled (anew only when a second size comes), its pointwise work fused into few kernels."""
-    return _compiled(function) if x.is_cuda else function
+    """`function`; where `x` is on a GPU, compiled (anew only when a second size comes), its pointwise work fused into few kernels.
+
+    For one token, a single row of `x`, products are fused too: all that they do is to read weights.
+    """
+    if not x.is_cuda:
+        return function
+    return _compiled(function, coordinate_descent_tuning=True) if len(x) == 1 else _compiled(function)
 
 
 # ---- run directories ----

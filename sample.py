@@ -7,11 +7,13 @@ A row reads Q <think>, feeds itself top-k superpositions while it thinks, then a
 rows do whatever is theirs to do in the same step, on one KV cache. See docs/METHOD.md.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+import itertools
 
 import torch
 
-from attention import KVCache
+from attention import BLOCK, KVCache
+from graphs import recorded
 import latents
 from load_hf_weights import base_dtype, load_model
 from masks import PROMPT, Labels
@@ -20,6 +22,7 @@ from runs import UserError, at_least, free_memory, parser, run_main, start
 from tokenizer import Tokenizer
 
 OPENING = "\\boxed{"  # what a forced answer begins with
+PREFILL = 2**14  # tokens of prompts that are read at a time
 SHOWN = 10  # tokens of a full-vocabulary latent that are kept in a result
 BARS = "▁▂▃▄▅▆▇█"
 
@@ -31,7 +34,8 @@ class Sampling:
     thinking: "latent", or "text" (the chain is written, as part of the answer), or "none" (</think> at once).
     top_k: tokens in a superposition, 0 for the full vocabulary. temperature 0 is greedy. noise, noise_temperature: those of
     latents.perturb while thinking; 0: none. `latents`: "own", or what is fed in the place of every latent's own: "random"
-    tokens with the same probabilities, or its "argmax" alone. forced: the answer begins with OPENING, which is not in the result.
+    tokens with the same probabilities, its "argmax" alone, or those that are "given" to `generate`, all of them and no others.
+    forced: the answer begins with OPENING, which is not in the result. Raises UserError where that does not go together.
     """
     thinking: str = "latent"
     top_k: int = 10
@@ -44,6 +48,11 @@ class Sampling:
     latents: str = "own"
     forced: bool = False
     seed: int = 1
+
+    def __post_init__(self):
+        if self.top_k == 0 and (self.noise or self.latents in ("random", "given")):
+            what = "noise" if self.noise else f"{self.latents} latents"
+            raise UserError(f"{what}: for superpositions of the top k tokens, not of all; choose another --top-k than 0")
 
 
 @dataclass
@@ -81,6 +90,7 @@ class Sampler:
         self.device = model.embed_tokens.weight.device
         self.end_think = torch.tensor(end_think, device=self.device)
         self.steps = 8 if self.device.type == "cuda" else 1  # between two looks at who has finished: a look waits for the GPU
+        self.room = None
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], numbers=None, progress=lambda i, result: None, given=None,
@@ -88,88 +98,105 @@ class Sampler:
         """A Result for each prompt (ids of Q <think>), in order; `progress(i, result)` is called as each one ends.
 
         A prompt's random numbers depend on the seed and its number (its place in the list, or `numbers`), not on the batch
-        it runs in. `given`: for each prompt the latents (probs [n, k], ids [n, k]) to be fed, all n and no others.
+        it runs in. `given`: the latents (probs [n, k], ids [n, k]) of each prompt, where the settings ask for it.
         `watch(i, result)` is called with the unfinished results, again and again.
         """
-        self.numbers, self.given = range(len(prompts)) if numbers is None else numbers, given
-        s, config, dtype = self.settings, self.model.config, self.model.embed_tokens.weight.dtype
-        thoughts = max((len(ids) for _, ids in given), default=0) if given else s.max_latents
-        length = max(map(len, prompts)) + thoughts + len(self.end_think) + s.max_new_tokens + self.steps
-        fitting = 0.8 * free_memory(self.device) / KVCache.bytes_per_row(config, length, dtype)
-        B, results = max(1, int(min(self.batch_size, len(prompts), fitting))), [None] * len(prompts)  # others wait for a row
-        self.cache = KVCache(config, B, length, self.device, dtype)
-        zeros = lambda *shape, dtype=torch.long: torch.zeros(B, *shape, dtype=dtype, device=self.device)
-        self.active, self.thinking = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
-        self.closed, self.num_latents, self.num_tokens = zeros(), zeros(), zeros()  # `closed`: tokens of </think> fed
-        self.budget, self.rows = zeros(), torch.arange(B, device=self.device)  # budget: of latents
-        k = s.top_k or min(SHOWN, config.vocab_size)
-        self.probs, self.ids = zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k)
-        self.tokens, self.uniform = zeros(s.max_new_tokens), zeros(s.max_new_tokens, dtype=torch.float32)
-        self.gumbel = zeros(thoughts + 1, k, dtype=torch.float32) if s.noise else None
-        self.other_ids = zeros(thoughts + 1, k) if given or s.latents == "random" else None
-        self.other_probs = zeros(thoughts + 1, k, dtype=torch.float32) if given else None
-        self.hidden = zeros(config.hidden_size, dtype=dtype)
+        s, results, numbers = self.settings, [None] * len(prompts), range(len(prompts)) if numbers is None else numbers
+        thoughts = max(len(ids) for _, ids in given) if s.latents == "given" else s.max_latents if s.thinking == "latent" else 0
+        self._make_room(len(prompts), max(map(len, prompts)), thoughts)
+        self.active.zero_()
         running, waiting = {}, list(range(len(prompts)))[::-1]  # running: row -> [place of its prompt, tokens read]
 
         while waiting or running:
-            free = [row for row in range(B) if row not in running]
-            fresh = {row: waiting.pop() for row in free[:len(waiting)]}
-            if fresh:
-                self._admit(fresh, prompts)
+            free = [row for row in range(len(self.rows)) if row not in running]
+            while free and waiting:
+                fresh, tokens = {}, 0
+                while free and waiting and (not fresh or tokens + len(prompts[waiting[-1]]) <= PREFILL):
+                    fresh[free.pop()] = i = waiting.pop()
+                    tokens += len(prompts[i])
+                self._admit(list(fresh), [prompts[i] for i in fresh.values()], [numbers[i] for i in fresh.values()],
+                            [given[i] for i in fresh.values()] if s.latents == "given" else None)
                 running |= {row: [i, len(prompts[i])] for row, i in fresh.items()}
             for _ in range(self.steps):
-                self._step(max(read for _, read in running.values()) + 1)
+                self.step(max(read for _, read in running.values()) + 1)
                 for state in running.values():
                     state[1] += 1
             active = self.active.tolist()
-            for row in [r for r in running if not active[r]]:
+            finished = [row for row in running if not active[row]]
+            for row, result in zip(finished, self._results(finished)):
                 i, _ = running.pop(row)
-                results[i] = self._result(row)
-                progress(i, results[i])
-            for row in running if watch else ():
-                watch(running[row][0], self._result(row))
+                results[i] = result
+                progress(i, result)
+            for row, result in zip(running, self._results(list(running))) if watch else ():
+                watch(running[row][0], result)
         return results
 
-    def _admit(self, fresh: dict[int, int], prompts) -> None:
-        """Reads the prompts of `fresh` {row: place} into the cache, leaves their last hidden states in self.hidden."""
-        rows, s = torch.tensor(list(fresh), device=self.device), self.settings
-        lengths = [len(prompts[i]) for i in fresh.values()]
-        sizes = torch.tensor(lengths, device=self.device)
-        ids = torch.tensor([t for i in fresh.values() for t in prompts[i]], device=self.device)
+    def _make_room(self, prompts: int, longest: int, thoughts: int) -> None:
+        """Cache and state for as many rows as are wanted and fit, others wait; what is there from before is kept if it will do."""
+        s, config, dtype, wanted = self.settings, self.model.config, self.model.embed_tokens.weight.dtype, min(self.batch_size, prompts)
+        length = -(-(longest + thoughts + len(self.end_think) + s.max_new_tokens + self.steps) // BLOCK) * BLOCK
+        if self.room and self.room[0] == wanted and self.room[1] >= length and self.room[2] >= thoughts:
+            return
+        self.room, self.cache, self.step = (wanted, length, thoughts), None, None
+        fitting = 0.8 * free_memory(self.device) / KVCache.bytes_per_row(config, length, dtype)
+        B, k = max(1, int(min(wanted, fitting))), s.top_k or min(SHOWN, config.vocab_size)
+        self.cache = KVCache(config, B, length, self.device, dtype)
+        zeros = lambda *shape, dtype=torch.long: torch.zeros(B, *shape, dtype=dtype, device=self.device)
+        self.rows = torch.arange(B, device=self.device)
+        self.active, self.thinking = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
+        self.closed, self.num_latents, self.num_tokens = zeros(), zeros(), zeros()  # `closed`: tokens of </think> fed
+        self.budget = zeros()  # of latents
+        self.probs, self.ids = zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k)
+        self.tokens, self.uniform = zeros(s.max_new_tokens), zeros(s.max_new_tokens, dtype=torch.float32)
+        self.gumbel = zeros(thoughts + 1, k, dtype=torch.float32)
+        self.other_probs, self.other_ids = zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k)
+        self.hidden = zeros(config.hidden_size, dtype=dtype)
+        self.step = self._step
+        if self.device.type == "cuda":  # steps of no active row change nothing
+            replay = recorded(lambda: self._step(length))
+            self.step = lambda longest: replay()
+
+    def _admit(self, rows: list[int], prompts: list[list[int]], numbers: list[int], given) -> None:
+        """Reads `prompts` into the cache's `rows`, leaves their last hidden states in self.hidden."""
+        s, lengths, send = self.settings, [len(p) for p in prompts], lambda x: torch.as_tensor(x).to(self.device)
+        rows, sizes, ids = send(rows), send(lengths), send([t for p in prompts for t in p])
         document = torch.arange(len(rows), device=self.device).repeat_interleave(sizes)
         position_ids = torch.arange(len(ids), device=self.device) - (sizes.cumsum(0) - sizes)[document]
         labels = Labels(document, torch.full_like(document, PROMPT), torch.zeros_like(document), len(lengths), max(lengths))
-        h = self.model(self.model.embed_tokens(ids), position_ids, self.cache.prefill(rows, labels, position_ids))
+        with torch.compiler.set_stance("force_eager"):  # ever new lengths
+            h = self.model(self.model.embed_tokens(ids), position_ids, self.cache.prefill(rows, labels, position_ids))
         self.hidden[rows] = h[sizes.cumsum(0) - 1]
         self.active[rows], self.thinking[rows] = True, s.thinking == "latent"
         self.closed[rows] = len(self.end_think) if s.thinking == "text" else 0
         self.num_latents[rows] = self.num_tokens[rows] = 0
-        self.budget[rows] = s.max_latents
-        for row, i in fresh.items():
-            generator = torch.Generator().manual_seed(hash((s.seed, self.numbers[i])))
-            self.uniform[row] = torch.rand(s.max_new_tokens, generator=generator)
-            if s.latents == "random":
-                self.other_ids[row] = torch.randint(self.model.config.vocab_size, self.other_ids.shape[1:], generator=generator)
-            if self.gumbel is not None:
-                exponential = torch.empty(self.gumbel.shape[1:]).exponential_(generator=generator)
-                self.gumbel[row] = -exponential.log()
-            if self.given:
-                probs, ids = self.given[i]
-                self.budget[row] = len(ids)
-                self.other_probs[row, :len(ids)], self.other_ids[row, :len(ids)] = probs.to(self.device), ids.to(self.device)
+        self.budget[rows] = send([len(ids) for _, ids in given]) if given else s.max_latents
+
+        generators = [torch.Generator().manual_seed(hash((s.seed, number))) for number in numbers]
+        draw = lambda function: send(torch.stack([function(g) for g in generators]))
+        self.uniform[rows] = draw(lambda g: torch.rand(s.max_new_tokens, generator=g))
+        shape = self.probs.shape[1:]
+        if s.latents == "random":
+            self.other_ids[rows] = draw(lambda g: torch.randint(self.model.config.vocab_size, shape, generator=g))
+        if s.noise:
+            self.gumbel[rows] = -draw(lambda g: torch.empty(shape).exponential_(generator=g)).log()
+        if given:
+            for row, (probs, ids) in zip(rows, given):
+                self.other_probs[row, :len(ids)], self.other_ids[row, :len(ids)] = send(probs), send(ids)
 
     def _step(self, longest: int) -> None:
         """Every row reads its next token, whatever that is. `longest`: no row has read more with it. Nobody waits for the GPU."""
         s, E = self.settings, self.model.embed_tokens.weight
         logits = (self.hidden @ self.model.head.T).float()
-        wants_to_end = logits.argmax(-1) == self.end_think[0] if not self.given else torch.zeros_like(self.active)
-        self.thinking &= ~wants_to_end & (self.num_latents < self.budget)
+        likeliest = logits.argmax(-1)
+        if s.latents != "given":
+            self.thinking &= likeliest != self.end_think[0]
+        self.thinking &= self.num_latents < self.budget
         thinking = self.active & self.thinking
         closing = self.active & ~self.thinking & (self.closed < len(self.end_think))
-        answering = self.active & ~thinking & ~closing
+        answering = self.active & ~self.thinking & ~closing
 
         at = self.rows, self.num_tokens.clamp(max=s.max_new_tokens - 1)
-        sampled = pick(logits, self.uniform[at], s.temperature, s.top_p)
+        sampled = pick(logits, self.uniform[at], s.temperature, s.top_p) if s.temperature else likeliest
         token = torch.where(closing, self.end_think[self.closed.clamp(max=len(self.end_think) - 1)], sampled)
         inputs_embeds = E[token]
         if s.thinking == "latent":
@@ -186,14 +213,14 @@ class Sampler:
         self.num_tokens += answering
         self.active &= ~(answering & ((sampled == self.end_of_turn) | (self.num_tokens == s.max_new_tokens)))
         position_ids = self.cache.lengths.clone()
-        self.hidden = self.model(inputs_embeds, position_ids, self.cache.decode(self.active, longest))
+        self.hidden.copy_(self.model(inputs_embeds, position_ids, self.cache.decode(self.active, longest)))
 
     def _latent(self, logits, place):
         """(probs, ids) of what each row would think next; `place` is where a row's given or random tokens lie."""
         s = self.settings
-        if self.given:
+        if s.latents == "given":
             return self.other_probs[place], self.other_ids[place]
-        probs, ids = latents.top_probs(logits, SHOWN if s.latents == "random" and not s.top_k else s.top_k)
+        probs, ids = latents.top_probs(logits, s.top_k)
         if s.noise:
             noisy, ends = latents.perturb(probs, ids, self.gumbel[place], self.end_think[0], s.noise, s.noise_temperature)
             probs = torch.where(ends[:, None], probs, noisy)  # </think> is never thought
@@ -203,19 +230,27 @@ class Sampler:
             probs = torch.zeros_like(probs).scatter(-1, probs.argmax(-1, keepdim=True), 1.0)
         return probs, ids
 
-    def _result(self, row: int) -> Result:
-        n, tokens = int(self.num_latents[row]), self.tokens[row, :int(self.num_tokens[row])].tolist()
-        finished = tokens[-1:] == [self.end_of_turn]
-        probs, ids = (x[row, :n].cpu().clone() for x in (self.probs, self.ids))
-        return Result(probs, ids, tokens[:-1] if finished else tokens, finished)
+    def _results(self, rows: list[int]) -> list[Result]:
+        """What these rows have so far."""
+        chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
+        state = (x[chosen].cpu() for x in (self.num_latents, self.num_tokens, self.tokens, self.probs, self.ids))
+        results = []
+        for num_latents, num_tokens, tokens, probs, ids in zip(*state):
+            tokens = tokens[:num_tokens].tolist()
+            finished = tokens[-1:] == [self.end_of_turn]
+            results.append(Result(probs[:num_latents].clone(), ids[:num_latents].clone(), tokens[:-1] if finished else tokens, finished))
+        return results
+
+
+def sampler(model: Model, tokenizer: Tokenizer, settings: Sampling, batch_size: int = 64) -> Sampler:
+    end_think = tokenizer.end_think + (tokenizer.encode(OPENING) if settings.forced else [])
+    return Sampler(model, end_think, tokenizer.end_of_turn, settings, batch_size)
 
 
 def generate(model: Model, tokenizer: Tokenizer, problems: list[str], settings: Sampling, batch_size: int = 64,
-             numbers=None, progress=lambda i, result: None, given=None, watch=None) -> list[Result]:
-    """Thinks about and answers each problem; results in order. The other arguments are those of Sampler.generate."""
-    end_think = tokenizer.end_think + (tokenizer.encode(OPENING) if settings.forced else [])
-    sampler = Sampler(model, end_think, tokenizer.end_of_turn, settings, batch_size)
-    return sampler.generate([tokenizer.prompt(p) for p in problems], numbers, progress, given, watch)
+             **others) -> list[Result]:
+    """Thinks about and answers each problem; results in order. `others` are arguments of Sampler.generate."""
+    return sampler(model, tokenizer, settings, batch_size).generate([tokenizer.prompt(p) for p in problems], **others)
 
 
 def add_sampling_arguments(p) -> None:
@@ -235,8 +270,6 @@ def sampling(args, reasons: dict, vocab_size: int) -> Sampling:
     top_k = reasons["top_k"] if args.top_k is None else args.top_k
     if top_k > vocab_size:
         raise UserError(f"--top-k {top_k}: the vocabulary has only {vocab_size} tokens")
-    if args.noise and not top_k:
-        raise UserError("--noise: is for superpositions of the top k tokens, not of all (--top-k 0)")
     return Sampling(args.thinking or reasons["thinking"], top_k, args.max_latents, args.max_new_tokens, args.temperature,
                     args.top_p, args.noise, args.noise_temperature, seed=args.seed)
 
@@ -256,10 +289,10 @@ class Display:
         self.latents, self.text = len(result.ids), text
 
 
-def answer(model: Model, tokenizer: Tokenizer, problem: str, settings: Sampling) -> None:
-    """Thinks about one problem and answers it, on the screen."""
+def answer(single: Sampler, tokenizer: Tokenizer, problem: str, number: int = 0) -> None:
+    """Thinks about one problem and answers it, on the screen; `number` makes its random numbers others than the last one's."""
     display = Display(tokenizer)
-    result, = generate(model, tokenizer, [problem], settings, 1, progress=display, watch=display)
+    result, = single.generate([tokenizer.prompt(problem)], [number], progress=display, watch=display)
     print("" if result.finished else " [budget used up]")
 
 
@@ -270,21 +303,20 @@ def main():
     args = p.parse_args()
     _, _, device = start(args.device)
     model, tokenizer, reasons = load_model(args.model, device, base_dtype(device))
-    settings = sampling(args, reasons, model.config.vocab_size)
+    single = sampler(model, tokenizer, sampling(args, reasons, model.config.vocab_size), 1)
     if args.prompt is not None:
         if not args.prompt.strip():
             raise UserError("--prompt: the problem is empty")
-        answer(model, tokenizer, args.prompt, settings)
+        answer(single, tokenizer, args.prompt)
         return
-    while True:
+    for number in itertools.count():
         try:
             problem = input("problem> ")
         except EOFError:
             print()
             return
         if problem.strip():
-            answer(model, tokenizer, problem, settings)
-            settings = replace(settings, seed=settings.seed + 1)
+            answer(single, tokenizer, problem, number)
 
 
 if __name__ == "__main__":

@@ -6,13 +6,14 @@
 Everybody does the same work for each problem, greedily: --latents superpositions, one token that ends thinking, --answer tokens. The
 references are the loop that the field evaluates with, one problem at a time, and the same on left-padded batches; both keep a KV
 cache. The first problems warm up. How many thoughts and answers agree with ours is printed: rounding may part them in bf16.
+
+Then what shorter chains are worth: the time in which a chain of --chain tokens is written, beside that of as many latents divided by
+2 and by 4; reading the problem and the token after the chain are measured alone and taken off.
 """
 
 import argparse
-import json
 from pathlib import Path
 import sys
-import tempfile
 import time
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -20,11 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 
+from attention import KVCache  # noqa: E402
 from data import read_jsonl  # noqa: E402
 from load_hf_weights import base_dtype, hf_name, read_config  # noqa: E402
 from sample import Sampler, Sampling  # noqa: E402
-from tokenizer import Tokenizer  # noqa: E402
-from training import SHAPES, base_model, timed  # noqa: E402
+from training import SHAPES, base_model, shape_of, timed, tokenizer_of  # noqa: E402
 
 
 @torch.no_grad()
@@ -71,49 +72,68 @@ def main():
     p.add_argument("--one-by-one", type=int, default=8, help="problems for the loop that takes one at a time")
     p.add_argument("--latents", type=int, default=17)
     p.add_argument("--answer", type=int, default=12)
+    p.add_argument("--chain", type=int, default=128, help="tokens of the written chain that latents are compared with")
     p.add_argument("--top-k", type=int, default=10)
     args = p.parse_args()
     device = torch.device(args.device)
-    tokenizer = Tokenizer(args.model, json.loads((Path(args.model) / "config.json").read_text())["model_type"])
+    tokenizer = tokenizer_of(args)
     prompts = [tokenizer.prompt(row["problem"]) for row in read_jsonl(args.data)[:args.problems]]
-    with tempfile.TemporaryDirectory() as directory:
-        if args.shape:
-            (Path(directory) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
-        shape = directory if args.shape else args.model
+    with shape_of(args) as shape:
         args.config = read_config(shape)
         model = base_model(args, device)
         with device:
             hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shape), dtype=base_dtype(device)).eval()
     hf.load_state_dict({hf_name(n): p for n, p in model.named_parameters()}, strict=False)
     never, end = -1, args.config.vocab_size - 1  # an end of turn that does not come, an end of thinking that nobody chooses
-
-    def ours(batch, size):
-        settings = Sampling("latent", args.top_k, args.latents, args.answer, temperature=0)
-        results = Sampler(model, [end], never, settings, size).generate(batch)
-        return [(r.ids[:, 0].tolist(), r.tokens) for r in results]
+    few = prompts[:args.one_by_one]
+    sampler = lambda settings, size: Sampler(model, [end], never, settings, size)
+    work = Sampling("latent", args.top_k, args.latents, args.answer, temperature=0)
+    many, single = sampler(work, args.batch_size), sampler(work, 1)
+    ours = lambda sampler, batch: [(r.ids[:, 0].tolist(), r.tokens) for r in sampler.generate(batch)]
     theirs = lambda batch: reference(hf, batch, args.top_k, args.latents, end, args.answer)
     batched = lambda: [x for i in range(0, len(prompts), args.batch_size) for x in theirs(prompts[i:i + args.batch_size])]
-    few = prompts[:args.one_by_one]
+    one_by_one = lambda step: [x for prompt in few for x in step([prompt])]
 
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(f"{name}, torch {torch.__version__}, {args.shape or args.model}, {args.latents} latents and {args.answer} answer tokens")
-    results, warm_up = {}, prompts[:args.batch_size]
-    for what, count, run, warm in (
-            (f"ours, {args.batch_size} at a time", len(prompts), lambda: ours(prompts, args.batch_size), lambda: ours(warm_up, args.batch_size)),
-            ("ours, one at a time", len(few), lambda: ours(few, 1), lambda: ours(few[:1], 1)),
-            (f"Transformers, {args.batch_size} at a time", len(prompts), batched, lambda: theirs(warm_up)),
-            ("Transformers, one at a time", len(few), lambda: [x for prompt in few for x in theirs([prompt])], lambda: theirs(few[:1]))):
-        warm()
+    first = None
+    for what, count, run, warm_up in (
+            (f"ours, {args.batch_size} at a time", len(prompts), lambda: ours(many, prompts), lambda: ours(many, prompts)),
+            ("ours, one at a time", len(few), lambda: one_by_one(lambda p: ours(single, p)), lambda: ours(single, [max(few, key=len)])),
+            (f"Transformers, {args.batch_size} at a time", len(prompts), batched, lambda: theirs(prompts[:args.batch_size])),
+            ("Transformers, one at a time", len(few), lambda: one_by_one(theirs), lambda: theirs(few[:1]))):
+        warm_up()
         begin = time.perf_counter()
-        results[what] = run()
+        result = run()
         seconds = time.perf_counter() - begin  # results are on the host: the device has finished
-        first = next(iter(results.values()))
-        agree = sum(a == b for a, b in zip(results[what], first)) / count
-        print(f"{what}: {count / seconds:.2f} problems/s, {1000 * seconds / count:.1f} ms each, {agree:.0%} as ours", flush=True)
-        if what == "ours, one at a time":
-            weights = sum(p.nbytes for n, p in model.named_parameters())
-            floor = weights / bandwidth(device) * (args.latents + 1 + args.answer)
-            print(f"    {floor * count / seconds:.0%} of the floor: {weights / 2**30:.2f} GiB of weights read for each token")
+        first = first or result
+        agree = sum(a == b for a, b in zip(result, first)) / count
+        print(f"{what}: {count} problems in {seconds:.2f} s, {count / seconds:.2f} problems/s, {1000 * seconds / count:.1f} ms each, "
+              f"{agree:.0%} as ours", flush=True)
+
+    rate, steps = bandwidth(device), 128
+    seconds = thinking(sampler, "latent", steps, few[:1], 1, args)
+    weights = sum(p.nbytes for n, p in model.named_parameters() if model.lm_head is None or "embed" not in n)
+    cache = KVCache.bytes_per_row(args.config, len(few[0]) + steps // 2, base_dtype(device))
+    floor = (weights + cache) / rate
+    print(f"one at a time, {1000 * seconds / steps:.2f} ms a latent; {floor * steps / seconds:.0%} of the floor: {weights / 2**30:.2f} GiB of "
+          f"weights and {cache / 2**30:.2f} of cache, at the {rate / 1e12:.2f} TB/s of a copy", flush=True)
+    for batch, size in ((few[:1], 1), (prompts, args.batch_size)):
+        text, *latent = (thinking(sampler, mode, args.chain // r, batch, size, args) for mode, r in (("text", 1), ("latent", 2), ("latent", 4)))
+        print(f"{len(batch)} problems, {size} at a time: {text / len(batch):.4f} s each for {args.chain} tokens of chain, "
+              + ", ".join(f"{s / len(batch):.4f} for {args.chain // r} latents ({text / s:.2f} times less)" for r, s in zip((2, 4), latent)), flush=True)
+
+
+def thinking(sampler, mode: str, steps: int, prompts, size: int, args) -> float:
+    """Seconds in which a batch thinks for so many steps, in text or in latents."""
+    seconds = []
+    for n in (steps, 0):
+        one = sampler(Sampling(mode, args.top_k, n, n + 1 if mode == "text" else 1, temperature=0), size)
+        one.generate(prompts)
+        begin = time.perf_counter()
+        one.generate(prompts)
+        seconds.append(time.perf_counter() - begin)
+    return seconds[0] - seconds[1]
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ phase 1; padding not), and the floating-point operations that LoRA training cann
 """
 
 import argparse
+from contextlib import contextmanager
 from functools import partial
 import json
 from pathlib import Path
@@ -215,6 +216,19 @@ def profile(step, path: Path) -> None:
     print("    GPU time, ms: " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in sums.items()) + f"; all {sum(sums.values()):.1f}")
 
 
+@contextmanager
+def shape_of(args):
+    """A directory whose config.json has the shape of the model: --model, or a temporary one for --shape."""
+    with tempfile.TemporaryDirectory() as directory:
+        if args.shape:
+            (Path(directory) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
+        yield directory if args.shape else args.model
+
+
+def tokenizer_of(args) -> Tokenizer:
+    return Tokenizer(args.model, json.loads((Path(args.model) / "config.json").read_text())["model_type"])
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True)
@@ -233,20 +247,17 @@ def main():
     p.add_argument("--profile", metavar="DIR", help="also write a kernel table of a step of ours; CUDA only")
     args = p.parse_args()
     sizes = [args.batch_size] if args.reference_batch_size is None else args.reference_batch_size
-    device = torch.device(args.device)
-    config = json.loads((Path(args.model) / "config.json").read_text())
-    tokenizer = Tokenizer(args.model, config["model_type"])
-    with tempfile.TemporaryDirectory() as directory:
-        args.directory = directory if args.shape else args.model
-        if args.shape:
-            (Path(directory) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
+    with shape_of(args) as args.directory:
         args.config = read_config(args.directory)
-        run(args, sizes, device, tokenizer)
+        run(args, sizes, torch.device(args.device), tokenizer_of(args))
 
 
 def run(args, sizes, device, tokenizer) -> None:
     warm_up = WARM_UP[device.type]
-    examples = data.load_examples(args.data, tokenizer)[:max([args.batch_size, *sizes]) * (warm_up + args.rounds)]
+    wanted = max([args.batch_size, *sizes]) * (warm_up + args.rounds)
+    examples = data.load_examples(args.data, tokenizer)[:wanted]
+    if len(examples) < wanted:
+        sys.exit(f"{args.data}: has {len(examples)} examples, and {wanted} are needed for {warm_up} + {args.rounds} steps")
     generator = torch.Generator().manual_seed(1)
     alpha = lambda n: dict(probs=torch.rand(n, args.top_k, generator=generator).softmax(-1),
                            ids=torch.stack([torch.randperm(1000, generator=generator)[:args.top_k] for _ in range(n)]))

@@ -178,7 +178,7 @@ def test_bad_calls_cost_nothing(command, checkpoint, data, tmp_path):
     twin = tmp_path / "train.random.jsonl"
     twin.write_text(data.read_text())
     for flags, out, message in ((["--arms", "free", "random", "--thinking", "text"], "a", "this model's thinking is text"),
-                                (["--arms", "other", "--top-k", 0], "b", "not of all (--top-k 0)"),
+                                (["--arms", "other", "--top-k", 0], "b", "another --top-k than 0"),
                                 (["--top-k", 5000], "c", "the vocabulary has only"), ([], "foreign", "holds no evaluation"),
                                 (["--data", data, twin, "--arms", "free", "random"], "d", "the same name")):
         code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / out, *ARGUMENTS, *flags)

@@ -19,6 +19,7 @@ import lora
 import masks
 from model import Config, Model
 import runs
+from sample import Sampler, Sampling
 import train_phase1
 from train_phase1 import Encoder, Phase1
 from train_phase2 import LatentExample, Phase2
@@ -146,3 +147,15 @@ def test_no_recompilation(data, tmp_path, monkeypatch):
     assert stop.value.code == 0 and len(graphs) == 200 and graphs[0] > 0
     print("compiled by the end of steps 1, 2, 3 and 200:", *graphs[:3], graphs[-1], "recorded at steps", *recorded)
     assert graphs[-1] == graphs[2] and len(recorded) == 2
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_sampler(size):
+    """Thoughts and answers of the recorded step, in float32, with rows that are refilled, are those of the CPU."""
+    model = Model(CONFIG).initialize(torch.Generator().manual_seed(1), std=0.04)  # livelier ones tell float32 from float64
+    rng = random.Random(1)
+    prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 200))] for _ in range(13)]
+    for settings in (Sampling("latent", 10, 40, 9, temperature=0), Sampling("latent", 0, 5, 9), Sampling("text", max_new_tokens=30)):
+        expected, got = (Sampler(m, [3, 4], 7, settings, size).generate(prompts) for m in (model, copy.deepcopy(model).to(GPU)))
+        assert [r.tokens for r in got] == [r.tokens for r in expected]
+        assert all(torch.equal(a.ids, b.ids) and torch.allclose(a.probs, b.probs, atol=1e-4) for a, b in zip(got, expected))

@@ -77,3 +77,13 @@ def test_gumbel_noise():
     sure = torch.tensor([[0.0, 1.0]])  # cannot be drawn off the top: its own alpha stays
     assert (latents.gumbel_noise(sure, torch.tensor([[7, 8]]), 8, 1.0, 1.0) == sure).all()
     assert (latents.gumbel_noise(probs, None, forbidden=1, scale=0.0, temperature=1.0) - probs).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("V", [7, 128, 1280, 1281, 5000])
+def test_largest(V):
+    """The k largest, as topk has them, wherever they are: all in one group, in the columns left over, in every group."""
+    x = torch.stack([torch.randperm(V, generator=torch.Generator().manual_seed(i)).float() for i in range(20)])
+    x = torch.cat([x, torch.arange(V)[None], -torch.arange(V)[None]])
+    for k in (1, 5, 7):
+        for ours, theirs in zip(latents.largest(x, k), x.topk(k)):
+            assert torch.equal(ours, theirs)

@@ -71,6 +71,16 @@ def test_flex_attention(name, rule):
         assert T >= 4 * attention.BLOCK and blocks < (T // attention.BLOCK) * (T // attention.BLOCK + 1) / 2  # fewer than causal
 
 
+@torch.no_grad()
+def test_flex_attention_on_a_cache():
+    """A GPU's decoding, which looks at the blocks that a row has filled, gives what SDPA gives."""
+    cache = attention.KVCache(CONFIG, 5, 3 * attention.BLOCK, "cpu", torch.float32)
+    position = torch.tensor([0, 5, attention.BLOCK - 1, attention.BLOCK, 3 * attention.BLOCK - 1])
+    q, k, v = (torch.randn(5, 2, n, 16) for n in (2, 3 * attention.BLOCK, 3 * attention.BLOCK))
+    expected = cache._all_up_to(position, int(position.max()) + 1)(q, k, v)
+    torch.testing.assert_close(cache._blocks_up_to(position)(q, k, v), expected, atol=1e-5, rtol=0)
+
+
 def test_documents_for_flash_attention():
     row = data.pack_row("cot", random_examples(3, 1))
     lengths = torch.bincount(row.labels.document).tolist()

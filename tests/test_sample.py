@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from attention import KVCache
+from attention import BLOCK, KVCache
 from load_hf_weights import load_checkpoint, load_model
 import oracle
 import sample
@@ -129,9 +129,10 @@ def test_given_latents(pair):
     model, _ = pair
     batch, settings = prompts(7, seed=7), Sampling("latent", 3, 5, 6, temperature=0)
     own = Sampler(model, [9], 262, settings, 3).generate(batch)
-    again = Sampler(model, [9], 262, settings, 4).generate(batch, given=[(r.probs, r.ids) for r in own])
+    giving = Sampler(model, [9], 262, replace(settings, latents="given"), 4)
+    again = giving.generate(batch, given=[(r.probs, r.ids) for r in own])
     assert [r.tokens for r in again] == [r.tokens for r in own]
-    longer = Sampler(model, [9], 262, settings, 4).generate(batch, given=[(own[0].probs.repeat(3, 1), own[0].ids.repeat(3, 1))] * 7)
+    longer = giving.generate(batch, given=[(own[0].probs.repeat(3, 1), own[0].ids.repeat(3, 1))] * 7)
     assert all(len(r.ids) == 3 * len(own[0].ids) for r in longer)
 
 
@@ -162,7 +163,7 @@ def test_display_shows_the_result_as_it_grows(checkpoint, capsys):
     """What a person sees of a problem, piece by piece, is the result."""
     model, tokenizer, _ = load_model(checkpoint())
     settings, seen = Sampling("latent", 3, 4, 9, temperature=1.0), []
-    answer(model, tokenizer, "1+1", settings)
+    answer(sample.sampler(model, tokenizer, settings, 1), tokenizer, "1+1")
     shown = capsys.readouterr().out
     result, = generate(model, tokenizer, ["1+1"], settings, watch=lambda i, r: seen.append((len(r.ids), len(r.tokens))))
     assert shown.splitlines()[:len(result.ids)] == [line for line in shown.splitlines() if line[:4].strip().isdigit()][:len(result.ids)]
@@ -175,7 +176,7 @@ def test_rows_wait_for_room(pair, monkeypatch):
     model, _ = pair
     batch, settings = prompts(9, seed=9), Sampling("latent", 3, 4, 5, temperature=0)
     expected = Sampler(model, [9], 262, settings, 9).generate(batch)
-    length = max(map(len, batch)) + 4 + 1 + 5 + 1
+    length = BLOCK  # more than a row needs
     monkeypatch.setattr(sample, "free_memory", lambda device: 3.9 / 0.8 * KVCache.bytes_per_row(model.config, length, torch.float64))
     sampler = Sampler(model, [9], 262, settings, 9)
     assert [r.tokens for r in sampler.generate(batch)] == [r.tokens for r in expected] and sampler.cache.k.shape[1] == 3

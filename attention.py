@@ -134,25 +134,27 @@ class KVCache:
 
         `longest`: at least as many tokens as any row will then have. A GPU asks the rows themselves, block by block.
         """
-        row, position = torch.arange(len(self.lengths), device=self.lengths.device), self.lengths.clone()
+        position = self.lengths.clone()
+        visible = self._blocks_up_to(position) if position.is_cuda else torch.arange(longest) <= position[:, None, None, None]
+        attend = fused(_append_and_attend, position)
         self.lengths += active
-        attend = self._blocks_up_to(position) if position.is_cuda else self._all_up_to(position, longest)
+        return lambda layer, q, k, v: attend(q, k, v, self.k[layer], self.v[layer], position, visible)
 
-        def decode(layer, q, k, v):
-            self.k[layer, row, :, position], self.v[layer, row, :, position] = k, v
-            # the heads that share keys and values are so many queries at one position
-            return attend(q.unflatten(1, (k.shape[1], -1)), self.k[layer], self.v[layer]).flatten(1, 2)
-        return decode
-
-    @staticmethod
-    def _all_up_to(position, longest):
-        mask = (torch.arange(longest, device=position.device) <= position[:, None])[:, None, None]
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :longest], v[:, :, :longest], attn_mask=mask)
-
-    def _blocks_up_to(self, position):
-        length, heads = self.k.shape[3], self.config.num_attention_heads // self.config.num_key_value_heads
+    def _blocks_up_to(self, position) -> BlockMask:
+        heads, length = self.config.num_attention_heads // self.config.num_key_value_heads, self.k.shape[3]
         indices = torch.arange(length // BLOCK, dtype=torch.int32, device=position.device).expand(len(position), 1, 1, -1)
-        mask = BlockMask.from_kv_blocks((position // BLOCK + 1).int()[:, None, None], indices.contiguous(), BLOCK_SIZE=BLOCK,
+        return BlockMask.from_kv_blocks((position // BLOCK + 1).int()[:, None, None], indices.contiguous(), BLOCK_SIZE=BLOCK,
                                         mask_mod=lambda b, h, q, k: k <= position[b], seq_lengths=(heads, length),
                                         compute_q_blocks=False)
-        return lambda q, k, v: fused(flex_attention, q)(q, k, v, block_mask=mask)
+
+
+def _append_and_attend(q, k, v, keys, values, position, visible):
+    """One token of each row: its k and v go into `keys` and `values` [rows, kv_heads, length, head_dim] at `position` [rows]; then
+    q looks at what is `visible` there, a BlockMask or a bool mask of the first columns."""
+    row = torch.arange(len(position), device=position.device)
+    keys[row, :, position], values[row, :, position] = k, v
+    q = q.unflatten(1, (k.shape[1], -1))  # heads that share keys and values are so many queries at one position
+    if isinstance(visible, BlockMask):
+        return flex_attention(q, keys, values, block_mask=visible).flatten(1, 2)
+    keys, values = (x[:, :, :visible.shape[-1]] for x in (keys, values))
+    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).flatten(1, 2)

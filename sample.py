@@ -18,7 +18,7 @@ import latents
 from load_hf_weights import base_dtype, load_model
 from masks import PROMPT, Labels
 from model import Model
-from runs import UserError, at_least, free_memory, parser, run_main, start
+from runs import UserError, at_least, free_memory, fused, parser, run_main, start
 from tokenizer import Tokenizer
 
 OPENING = "\\boxed{"  # what a forced answer begins with
@@ -67,6 +67,34 @@ class Result:
     finished: bool
 
 
+@dataclass
+class State:
+    """Where each of B rows is; bool [B] and int64 [B]. closed: how many tokens of </think> it has read. budget: of latents."""
+    active: torch.Tensor
+    thinking: torch.Tensor
+    closed: torch.Tensor
+    num_latents: torch.Tensor
+    num_tokens: torch.Tensor
+    budget: torch.Tensor
+
+
+def _turn(rows: State, likeliest, sampled, stop, end_think, end_of_turn: int, max_new_tokens: int):
+    """What each row does next, noted in `rows`: the token that it reads, whether it thinks instead, whether it answers with it.
+
+    Thinking ends where the token `stop` is the likeliest [B]; `sampled` [B] is what a row would answer.
+    """
+    rows.thinking &= (likeliest != stop) & (rows.num_latents < rows.budget)
+    thinks = rows.active & rows.thinking
+    closes = rows.active & ~rows.thinking & (rows.closed < len(end_think))
+    answers = rows.active & ~rows.thinking & ~closes
+    token = torch.where(closes, end_think[rows.closed.clamp(max=len(end_think) - 1)], sampled)
+    rows.closed += closes
+    rows.num_latents += thinks
+    rows.num_tokens += answers
+    rows.active &= ~(answers & ((sampled == end_of_turn) | (rows.num_tokens == max_new_tokens)))
+    return token, thinks, answers
+
+
 def pick(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """A token id [B] from each row of logits [B, V]: the arg-max at temperature 0, else the quantile `uniform` [B] of the
     smallest set of most likely tokens that holds at least `top_p` of the probability."""
@@ -104,11 +132,11 @@ class Sampler:
         s, results, numbers = self.settings, [None] * len(prompts), range(len(prompts)) if numbers is None else numbers
         thoughts = max(len(ids) for _, ids in given) if s.latents == "given" else s.max_latents if s.thinking == "latent" else 0
         self._make_room(len(prompts), max(map(len, prompts)), thoughts)
-        self.active.zero_()
+        self.state.active.zero_()
         running, waiting = {}, list(range(len(prompts)))[::-1]  # running: row -> [place of its prompt, tokens read]
 
         while waiting or running:
-            free = [row for row in range(len(self.rows)) if row not in running]
+            free = [row for row in range(len(self.index)) if row not in running]
             while free and waiting:
                 fresh, tokens = {}, 0
                 while free and waiting and (not fresh or tokens + len(prompts[waiting[-1]]) <= PREFILL):
@@ -121,7 +149,7 @@ class Sampler:
                 self.step(max(read for _, read in running.values()) + 1)
                 for state in running.values():
                     state[1] += 1
-            active = self.active.tolist()
+            active = self.state.active.tolist()
             finished = [row for row in running if not active[row]]
             for row, result in zip(finished, self._results(finished)):
                 i, _ = running.pop(row)
@@ -142,10 +170,8 @@ class Sampler:
         B, k = max(1, int(min(wanted, fitting))), s.top_k or min(SHOWN, config.vocab_size)
         self.cache = KVCache(config, B, length, self.device, dtype)
         zeros = lambda *shape, dtype=torch.long: torch.zeros(B, *shape, dtype=dtype, device=self.device)
-        self.rows = torch.arange(B, device=self.device)
-        self.active, self.thinking = zeros(dtype=torch.bool), zeros(dtype=torch.bool)
-        self.closed, self.num_latents, self.num_tokens = zeros(), zeros(), zeros()  # `closed`: tokens of </think> fed
-        self.budget = zeros()  # of latents
+        self.index = torch.arange(B, device=self.device)
+        self.state = State(zeros(dtype=torch.bool), zeros(dtype=torch.bool), zeros(), zeros(), zeros(), zeros())
         self.probs, self.ids = zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k)
         self.tokens, self.uniform = zeros(s.max_new_tokens), zeros(s.max_new_tokens, dtype=torch.float32)
         self.gumbel = zeros(thoughts + 1, k, dtype=torch.float32)
@@ -166,10 +192,11 @@ class Sampler:
         with torch.compiler.set_stance("force_eager"):  # ever new lengths
             h = self.model(self.model.embed_tokens(ids), position_ids, self.cache.prefill(rows, labels, position_ids))
         self.hidden[rows] = h[sizes.cumsum(0) - 1]
-        self.active[rows], self.thinking[rows] = True, s.thinking == "latent"
-        self.closed[rows] = len(self.end_think) if s.thinking == "text" else 0
-        self.num_latents[rows] = self.num_tokens[rows] = 0
-        self.budget[rows] = send([len(ids) for _, ids in given]) if given else s.max_latents
+        state = self.state
+        state.active[rows], state.thinking[rows] = True, s.thinking == "latent"
+        state.closed[rows] = len(self.end_think) if s.thinking == "text" else 0
+        state.num_latents[rows] = state.num_tokens[rows] = 0
+        state.budget[rows] = send([len(ids) for _, ids in given]) if given else s.max_latents
 
         generators = [torch.Generator().manual_seed(hash((s.seed, number))) for number in numbers]
         draw = lambda function: send(torch.stack([function(g) for g in generators]))
@@ -185,47 +212,38 @@ class Sampler:
 
     def _step(self, longest: int) -> None:
         """Every row reads its next token, whatever that is. `longest`: no row has read more with it. Nobody waits for the GPU."""
-        s, E = self.settings, self.model.embed_tokens.weight
+        s, rows, E = self.settings, self.state, self.model.embed_tokens.weight
+        latent_at = self.index, rows.num_latents.clamp(max=self.probs.shape[1] - 1)
+        answer_at = self.index, rows.num_tokens.clamp(max=s.max_new_tokens - 1)
         logits = (self.hidden @ self.model.head.T).float()
-        likeliest = logits.argmax(-1)
-        if s.latents != "given":
-            self.thinking &= likeliest != self.end_think[0]
-        self.thinking &= self.num_latents < self.budget
-        thinking = self.active & self.thinking
-        closing = self.active & ~self.thinking & (self.closed < len(self.end_think))
-        answering = self.active & ~self.thinking & ~closing
+        probs, ids = latents.top_probs(logits, s.top_k) if s.thinking == "latent" else (None, None)
+        likeliest = logits.argmax(-1) if ids is None else ids[:, 0]
+        sampled = pick(logits, self.uniform[answer_at], s.temperature, s.top_p) if s.temperature else likeliest
+        stop = self.end_think[0] if s.latents != "given" else torch.full_like(self.end_think[0], -1)
+        token, thinks, answers = fused(_turn, sampled)(rows, likeliest, sampled, stop, self.end_think, self.end_of_turn, s.max_new_tokens)
 
-        at = self.rows, self.num_tokens.clamp(max=s.max_new_tokens - 1)
-        sampled = pick(logits, self.uniform[at], s.temperature, s.top_p) if s.temperature else likeliest
-        token = torch.where(closing, self.end_think[self.closed.clamp(max=len(self.end_think) - 1)], sampled)
         inputs_embeds = E[token]
         if s.thinking == "latent":
-            place = self.rows, self.num_latents.clamp(max=self.probs.shape[1] - 1)
-            probs, ids = self._latent(logits, place)
-            inputs_embeds = torch.where(thinking[:, None], latents.superpose(probs, ids, E), inputs_embeds)
+            probs, ids = self._intervene(probs, ids, latent_at)
+            inputs_embeds = torch.where(thinks[:, None], latents.superpose(probs, ids, E), inputs_embeds)
             if ids is None:
                 probs, ids = probs.topk(self.ids.shape[-1])
             for kept, new in ((self.probs, probs), (self.ids, ids)):
-                kept[place] = torch.where(thinking[:, None], new, kept[place])
-        self.tokens[at] = torch.where(answering, sampled, self.tokens[at])
-        self.closed += closing
-        self.num_latents += thinking
-        self.num_tokens += answering
-        self.active &= ~(answering & ((sampled == self.end_of_turn) | (self.num_tokens == s.max_new_tokens)))
+                kept[latent_at] = torch.where(thinks[:, None], new, kept[latent_at])
+        self.tokens[answer_at] = torch.where(answers, sampled, self.tokens[answer_at])
         position_ids = self.cache.lengths.clone()
-        self.hidden.copy_(self.model(inputs_embeds, position_ids, self.cache.decode(self.active, longest)))
+        self.hidden.copy_(self.model(inputs_embeds, position_ids, self.cache.decode(rows.active, longest)))
 
-    def _latent(self, logits, place):
-        """(probs, ids) of what each row would think next; `place` is where a row's given or random tokens lie."""
+    def _intervene(self, probs, ids, at):
+        """(probs, ids) of what each row is to think instead of its own; `at` is where the given or random ones lie."""
         s = self.settings
         if s.latents == "given":
-            return self.other_probs[place], self.other_ids[place]
-        probs, ids = latents.top_probs(logits, s.top_k)
+            return self.other_probs[at], self.other_ids[at]
         if s.noise:
-            noisy, ends = latents.perturb(probs, ids, self.gumbel[place], self.end_think[0], s.noise, s.noise_temperature)
+            noisy, ends = latents.perturb(probs, ids, self.gumbel[at], self.end_think[0], s.noise, s.noise_temperature)
             probs = torch.where(ends[:, None], probs, noisy)  # </think> is never thought
         if s.latents == "random":
-            ids = self.other_ids[place]
+            ids = self.other_ids[at]
         elif s.latents == "argmax":
             probs = torch.zeros_like(probs).scatter(-1, probs.argmax(-1, keepdim=True), 1.0)
         return probs, ids
@@ -233,7 +251,7 @@ class Sampler:
     def _results(self, rows: list[int]) -> list[Result]:
         """What these rows have so far."""
         chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
-        state = (x[chosen].cpu() for x in (self.num_latents, self.num_tokens, self.tokens, self.probs, self.ids))
+        state = (x[chosen].cpu() for x in (self.state.num_latents, self.state.num_tokens, self.tokens, self.probs, self.ids))
         results = []
         for num_latents, num_tokens, tokens, probs, ids in zip(*state):
             tokens = tokens[:num_tokens].tolist()

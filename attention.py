@@ -110,9 +110,10 @@ class KVCache:
     """Keys and values of `rows` sequences of up to `length` tokens; each row is its own sequence and may be reused."""
 
     def __init__(self, config: Config, rows: int, length: int, device, dtype):
-        self.config = config
-        shape = (config.num_hidden_layers, rows, config.num_key_value_heads, length, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, length, config.head_dim)
+        self.kv = torch.zeros(shape, device=device, dtype=dtype)
+        self.group = config.num_attention_heads // config.num_key_value_heads  # heads that share keys and values
+        self.blocks = torch.arange(length // BLOCK, dtype=torch.int32, device=device).repeat(rows, 1, 1, 1)
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens read so far: the next position
 
     @staticmethod
@@ -125,7 +126,7 @@ class KVCache:
         self.lengths[rows] = torch.bincount(labels.document, minlength=len(rows))
 
         def prefill(layer, q, k, v):
-            self.k[layer, row, :, position_ids], self.v[layer, row, :, position_ids] = k, v
+            self.kv[layer, :, row, :, position_ids] = torch.stack((k, v), 1)
             return attend(layer, q, k, v)
         return prefill
 
@@ -138,23 +139,19 @@ class KVCache:
         visible = self._blocks_up_to(position) if position.is_cuda else torch.arange(longest) <= position[:, None, None, None]
         attend = fused(_append_and_attend, position)
         self.lengths += active
-        return lambda layer, q, k, v: attend(q, k, v, self.k[layer], self.v[layer], position, visible)
+        return lambda layer, q, k, v: attend(q, k, v, self.kv[layer], position, visible)
 
     def _blocks_up_to(self, position) -> BlockMask:
-        heads, length = self.config.num_attention_heads // self.config.num_key_value_heads, self.k.shape[3]
-        indices = torch.arange(length // BLOCK, dtype=torch.int32, device=position.device).expand(len(position), 1, 1, -1)
-        return BlockMask.from_kv_blocks((position // BLOCK + 1).int()[:, None, None], indices.contiguous(), BLOCK_SIZE=BLOCK,
-                                        mask_mod=lambda b, h, q, k: k <= position[b], seq_lengths=(heads, length),
+        return BlockMask.from_kv_blocks((position // BLOCK + 1).int()[:, None, None], self.blocks, BLOCK_SIZE=BLOCK,
+                                        mask_mod=lambda b, h, q, k: k <= position[b], seq_lengths=(self.group, self.kv.shape[-2]),
                                         compute_q_blocks=False)
 
 
-def _append_and_attend(q, k, v, keys, values, position, visible):
-    """One token of each row: its k and v go into `keys` and `values` [rows, kv_heads, length, head_dim] at `position` [rows]; then
-    q looks at what is `visible` there, a BlockMask or a bool mask of the first columns."""
-    row = torch.arange(len(position), device=position.device)
-    keys[row, :, position], values[row, :, position] = k, v
+def _append_and_attend(q, k, v, kv, position, visible):
+    """One token of each row: its k and v go into kv [2, rows, kv_heads, length, head_dim] at `position` [rows]; then q looks at what
+    is `visible` there, a BlockMask or a bool mask of the first columns."""
+    kv[:, torch.arange(len(position), device=position.device), :, position] = torch.stack((k, v), 1)
     q = q.unflatten(1, (k.shape[1], -1))  # heads that share keys and values are so many queries at one position
     if isinstance(visible, BlockMask):
-        return flex_attention(q, keys, values, block_mask=visible).flatten(1, 2)
-    keys, values = (x[:, :, :visible.shape[-1]] for x in (keys, values))
-    return F.scaled_dot_product_attention(q, keys, values, attn_mask=visible).flatten(1, 2)
+        return flex_attention(q, *kv, block_mask=visible).flatten(1, 2)
+    return F.scaled_dot_product_attention(q, *kv[:, :, :, :visible.shape[-1]], attn_mask=visible).flatten(1, 2)

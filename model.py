@@ -105,7 +105,10 @@ class MLP(nn.Module):
 
     def forward(self, x, adapter):
         gate, up = project(x, [self.gate_proj, self.up_proj], adapter)
-        return self.down_proj(F.silu(gate) * up, adapter)
+        h = F.silu(gate) * up
+        if len(h) == 1:  # decoding, where a product is fused with what makes its input: keep silu out of it, done once for each output
+            torch._dynamo.graph_break()
+        return self.down_proj(h, adapter)
 
 
 class Block(nn.Module):

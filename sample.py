@@ -69,30 +69,49 @@ class Result:
 
 @dataclass
 class State:
-    """Where each of B rows is; bool [B] and int64 [B]. closed: how many tokens of </think> it has read. budget: of latents."""
-    active: torch.Tensor
+    """Where each of B rows is, and what it has thought and said; closed: how many tokens of </think> it has read."""
+    active: torch.Tensor  # bool [B], as thinking
     thinking: torch.Tensor
-    closed: torch.Tensor
+    closed: torch.Tensor  # int64 [B], as those to come
     num_latents: torch.Tensor
     num_tokens: torch.Tensor
-    budget: torch.Tensor
+    budget: torch.Tensor  # of latents
+    probs: torch.Tensor  # [B, more than the largest budget, k], as ids
+    ids: torch.Tensor
+    tokens: torch.Tensor  # [B, max_new_tokens]
+
+    def latent_at(self):
+        """Where in `probs` and `ids` a row's next latent lies; the last place is nobody's."""
+        return torch.arange(len(self.budget), device=self.budget.device), self.num_latents.clamp(max=self.probs.shape[1] - 1)
+
+    def token_at(self):
+        return torch.arange(len(self.budget), device=self.budget.device), self.num_tokens.clamp(max=self.tokens.shape[1] - 1)
 
 
-def _turn(rows: State, likeliest, sampled, stop, end_think, end_of_turn: int, max_new_tokens: int):
-    """What each row does next, noted in `rows`: the token that it reads, whether it thinks instead, whether it answers with it.
+def _turn(rows: State, likeliest, sampled, probs, ids, E, stop, end_think, end_of_turn: int) -> torch.Tensor:
+    """What each row reads next, [B, hidden_size], noted in `rows`: a latent (probs, ids), a token of </think>, or what it says.
 
-    Thinking ends where the token `stop` is the likeliest [B]; `sampled` [B] is what a row would answer.
+    Thinking ends where the token `stop` is the likeliest [B]; `sampled` [B] is what a row would say. probs None: nobody thinks.
     """
     rows.thinking &= (likeliest != stop) & (rows.num_latents < rows.budget)
     thinks = rows.active & rows.thinking
     closes = rows.active & ~rows.thinking & (rows.closed < len(end_think))
-    answers = rows.active & ~rows.thinking & ~closes
-    token = torch.where(closes, end_think[rows.closed.clamp(max=len(end_think) - 1)], sampled)
+    says = rows.active & ~rows.thinking & ~closes
+    inputs_embeds = E[torch.where(closes, end_think[rows.closed.clamp(max=len(end_think) - 1)], sampled)]
+    if probs is not None:
+        inputs_embeds = torch.where(thinks[:, None], latents.superpose(probs, ids, E), inputs_embeds)
+        if ids is None:
+            probs, ids = probs.topk(rows.ids.shape[-1])
+        at = rows.latent_at()
+        rows.probs[at] = torch.where(thinks[:, None], probs, rows.probs[at])
+        rows.ids[at] = torch.where(thinks[:, None], ids, rows.ids[at])
+    at = rows.token_at()
+    rows.tokens[at] = torch.where(says, sampled, rows.tokens[at])
     rows.closed += closes
     rows.num_latents += thinks
-    rows.num_tokens += answers
-    rows.active &= ~(answers & ((sampled == end_of_turn) | (rows.num_tokens == max_new_tokens)))
-    return token, thinks, answers
+    rows.num_tokens += says
+    rows.active &= ~(says & ((sampled == end_of_turn) | (rows.num_tokens == rows.tokens.shape[1])))
+    return inputs_embeds
 
 
 def pick(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
@@ -117,6 +136,7 @@ class Sampler:
         self.model, self.settings, self.end_of_turn, self.batch_size = model, settings, end_of_turn, batch_size
         self.device = model.embed_tokens.weight.device
         self.end_think = torch.tensor(end_think, device=self.device)
+        self.stop = self.end_think[0] if settings.latents != "given" else self.end_think.new_tensor(-1)  # ends thinking
         self.steps = 8 if self.device.type == "cuda" else 1  # between two looks at who has finished: a look waits for the GPU
         self.room = None
 
@@ -136,7 +156,7 @@ class Sampler:
         running, waiting = {}, list(range(len(prompts)))[::-1]  # running: row -> [place of its prompt, tokens read]
 
         while waiting or running:
-            free = [row for row in range(len(self.index)) if row not in running]
+            free = [row for row in range(len(self.state.active)) if row not in running]
             while free and waiting:
                 fresh, tokens = {}, 0
                 while free and waiting and (not fresh or tokens + len(prompts[waiting[-1]]) <= PREFILL):
@@ -170,11 +190,9 @@ class Sampler:
         B, k = max(1, int(min(wanted, fitting))), s.top_k or min(SHOWN, config.vocab_size)
         self.cache = KVCache(config, B, length, self.device, dtype)
         zeros = lambda *shape, dtype=torch.long: torch.zeros(B, *shape, dtype=dtype, device=self.device)
-        self.index = torch.arange(B, device=self.device)
-        self.state = State(zeros(dtype=torch.bool), zeros(dtype=torch.bool), zeros(), zeros(), zeros(), zeros())
-        self.probs, self.ids = zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k)
-        self.tokens, self.uniform = zeros(s.max_new_tokens), zeros(s.max_new_tokens, dtype=torch.float32)
-        self.gumbel = zeros(thoughts + 1, k, dtype=torch.float32)
+        self.state = State(zeros(dtype=torch.bool), zeros(dtype=torch.bool), zeros(), zeros(), zeros(), zeros(),
+                           zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k), zeros(s.max_new_tokens))
+        self.uniform, self.gumbel = zeros(s.max_new_tokens, dtype=torch.float32), zeros(thoughts + 1, k, dtype=torch.float32)
         self.other_probs, self.other_ids = zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k)
         self.hidden = zeros(config.hidden_size, dtype=dtype)
         self.step = self._step
@@ -201,7 +219,7 @@ class Sampler:
         generators = [torch.Generator().manual_seed(hash((s.seed, number))) for number in numbers]
         draw = lambda function: send(torch.stack([function(g) for g in generators]))
         self.uniform[rows] = draw(lambda g: torch.rand(s.max_new_tokens, generator=g))
-        shape = self.probs.shape[1:]
+        shape = state.probs.shape[1:]
         if s.latents == "random":
             self.other_ids[rows] = draw(lambda g: torch.randint(self.model.config.vocab_size, shape, generator=g))
         if s.noise:
@@ -212,31 +230,20 @@ class Sampler:
 
     def _step(self, longest: int) -> None:
         """Every row reads its next token, whatever that is. `longest`: no row has read more with it. Nobody waits for the GPU."""
-        s, rows, E = self.settings, self.state, self.model.embed_tokens.weight
-        latent_at = self.index, rows.num_latents.clamp(max=self.probs.shape[1] - 1)
-        answer_at = self.index, rows.num_tokens.clamp(max=s.max_new_tokens - 1)
+        s, state = self.settings, self.state
         logits = (self.hidden @ self.model.head.T).float()
         probs, ids = latents.top_probs(logits, s.top_k) if s.thinking == "latent" else (None, None)
         likeliest = logits.argmax(-1) if ids is None else ids[:, 0]
-        sampled = pick(logits, self.uniform[answer_at], s.temperature, s.top_p) if s.temperature else likeliest
-        stop = self.end_think[0] if s.latents != "given" else torch.full_like(self.end_think[0], -1)
-        token, thinks, answers = fused(_turn, sampled)(rows, likeliest, sampled, stop, self.end_think, self.end_of_turn, s.max_new_tokens)
-
-        inputs_embeds = E[token]
-        if s.thinking == "latent":
-            probs, ids = self._intervene(probs, ids, latent_at)
-            inputs_embeds = torch.where(thinks[:, None], latents.superpose(probs, ids, E), inputs_embeds)
-            if ids is None:
-                probs, ids = probs.topk(self.ids.shape[-1])
-            for kept, new in ((self.probs, probs), (self.ids, ids)):
-                kept[latent_at] = torch.where(thinks[:, None], new, kept[latent_at])
-        self.tokens[answer_at] = torch.where(answers, sampled, self.tokens[answer_at])
+        sampled = pick(logits, self.uniform[state.token_at()], s.temperature, s.top_p) if s.temperature else likeliest
+        probs, ids = self._intervene(probs, ids)
+        inputs_embeds = fused(_turn, sampled)(state, likeliest, sampled, probs, ids, self.model.embed_tokens.weight, self.stop,
+                                              self.end_think, self.end_of_turn)
         position_ids = self.cache.lengths.clone()
-        self.hidden.copy_(self.model(inputs_embeds, position_ids, self.cache.decode(rows.active, longest)))
+        self.hidden.copy_(self.model(inputs_embeds, position_ids, self.cache.decode(state.active, longest)))
 
-    def _intervene(self, probs, ids, at):
-        """(probs, ids) of what each row is to think instead of its own; `at` is where the given or random ones lie."""
-        s = self.settings
+    def _intervene(self, probs, ids):
+        """(probs, ids) of what each row is to think, given its own."""
+        s, at = self.settings, self.state.latent_at()
         if s.latents == "given":
             return self.other_probs[at], self.other_ids[at]
         if s.noise:
@@ -251,9 +258,8 @@ class Sampler:
     def _results(self, rows: list[int]) -> list[Result]:
         """What these rows have so far."""
         chosen = torch.tensor(rows, dtype=torch.long, device=self.device)
-        state = (x[chosen].cpu() for x in (self.state.num_latents, self.state.num_tokens, self.tokens, self.probs, self.ids))
-        results = []
-        for num_latents, num_tokens, tokens, probs, ids in zip(*state):
+        s, results = self.state, []
+        for num_latents, num_tokens, tokens, probs, ids in zip(*(x[chosen].cpu() for x in (s.num_latents, s.num_tokens, s.tokens, s.probs, s.ids))):
             tokens = tokens[:num_tokens].tolist()
             finished = tokens[-1:] == [self.end_of_turn]
             results.append(Result(probs[:num_latents].clone(), ids[:num_latents].clone(), tokens[:-1] if finished else tokens, finished))

@@ -77,15 +77,16 @@ def test_flex_attention_on_a_cache():
     cache = attention.KVCache(CONFIG, 5, 3 * attention.BLOCK, "cpu", torch.float32)
     position = torch.tensor([0, 5, attention.BLOCK - 1, attention.BLOCK, 3 * attention.BLOCK - 1])
     q, k, v = (torch.randn(5, heads, 16) for heads in (4, 2, 2))
-    keys, values = torch.randn(2, 5, 2, 3 * attention.BLOCK, 16)
+    kv = torch.randn(2, 5, 2, 3 * attention.BLOCK, 16)
     mask = torch.arange(3 * attention.BLOCK) <= position[:, None, None, None]
     results = []
     for visible in (mask, cache._blocks_up_to(position)):
-        mine = keys.clone(), values.clone()
-        results.append((attention._append_and_attend(q, k, v, *mine, position, visible), *mine))
+        mine = kv.clone()
+        results.append((attention._append_and_attend(q, k, v, mine, position, visible), mine))
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=0)
-    assert torch.equal(results[0][1][torch.arange(5), :, position], k) and float((results[0][1] != keys).sum()) == k.numel()
+    assert torch.equal(mine[0, torch.arange(5), :, position], k) and torch.equal(mine[1, torch.arange(5), :, position], v)
+    assert (mine != kv).sum() == k.numel() + v.numel()
 
 
 def test_documents_for_flash_attention():

@@ -179,5 +179,5 @@ def test_rows_wait_for_room(pair, monkeypatch):
     length = BLOCK  # more than a row needs
     monkeypatch.setattr(sample, "free_memory", lambda device: 3.9 / 0.8 * KVCache.bytes_per_row(model.config, length, torch.float64))
     sampler = Sampler(model, [9], 262, settings, 9)
-    assert [r.tokens for r in sampler.generate(batch)] == [r.tokens for r in expected] and sampler.cache.k.shape[1] == 3
-    assert KVCache.bytes_per_row(model.config, length, torch.float64) * 3 == sampler.cache.k.nbytes + sampler.cache.v.nbytes
+    assert [r.tokens for r in sampler.generate(batch)] == [r.tokens for r in expected] and sampler.cache.kv.shape[2] == 3
+    assert KVCache.bytes_per_row(model.config, length, torch.float64) * 3 == sampler.cache.kv.nbytes

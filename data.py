@@ -81,13 +81,14 @@ def num_latents(example: Example, r: int) -> int:
     return -(-len(example.chain) // r)
 
 
-def layout(name: str, example: Example, r: int = 1) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def layout(name: str, example: Example, r: int = 1, ends: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     """ids, kind, segment and position of every token of `example`, each int [T]; latents have id 0.
 
-    `name` is "cot", "encoder", "decoder" or "latent", the rows of the table in docs/METHOD.md.
+    `name` is "cot", "encoder", "decoder" or "latent", the rows of the table in docs/METHOD.md. `ends`: where S_1 ... S_N end, int
+    [N], if not after every r tokens; for the encoder.
     """
     chain, n, N = np.array(example.chain, int), len(example.chain), num_latents(example, r)
-    ends = np.minimum(r * np.arange(1, N + 1), n)  # where S_1 ... S_N end
+    ends = np.minimum(r * np.arange(1, N + 1), n) if ends is None else ends
     if name == "encoder":
         before = ends  # L_i stands behind S_i
     elif name == "decoder":
@@ -136,9 +137,9 @@ class Row:
     targets: torch.Tensor
 
 
-def pack_row(name: str, examples: list[Example], r: int = 1) -> Row:
-    """One packed row of `examples` in the layout `name`."""
-    parts = [layout(name, e, r) for e in examples]
+def pack_row(name: str, examples: list[Example], r: int = 1, ends: list[np.ndarray] | None = None) -> Row:
+    """One packed row of `examples` in the layout `name`; `ends`: see `layout`."""
+    parts = [layout(name, e, r, ends and ends[i]) for i, e in enumerate(examples)]
     ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
     lengths = [len(p[0]) for p in parts]
     document = torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths))

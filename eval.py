@@ -92,8 +92,10 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
     line = {"problem": problem.text, "chain": tokenizer.decode(chain), "latents": latents, "answer": text,
             "reference": problem.answer, "correct": grader.grade(problem.answer, text),
             "chain_length": len(chain) + len(latents), "answer_tokens": len(answer), "finished": result.finished}
-    if latents and problem.chain is not None:
-        line["ecr"] = effective_compression(result.ids, tokenizer.encode(problem.chain), r)
+    if latents:
+        line["entropy"] = float(-torch.xlogy(result.probs, result.probs).sum(-1).mean())
+        written = tokenizer.encode(problem.chain) if problem.chain else []
+        line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written, r) for k in (5, 10) if k <= result.ids.shape[1]}
     return line
 
 
@@ -103,8 +105,8 @@ def pass_at(k: int, samples: int, right: int) -> float:
 
 
 def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
-    """Accuracy in percent with a 95% normal interval over problems, pass@k, #L (chain_length), answer tokens, ECR where there
-    are chains, and seconds per sample. `predictions`: those of the first problem, then those of the second, ..."""
+    """Accuracy in percent with a 95% normal interval over problems, pass@k, #L (chain_length), answer tokens, the entropy
+    (in nats) of latents, ECR@K where there are chains, and seconds per sample. `predictions`: those of the first problem, then those of the second, ..."""
     n = len(predictions) // samples
     right = [sum(p["correct"] for p in predictions[i * samples:(i + 1) * samples]) for i in range(n)]
     accuracy = sum(right) / samples / n
@@ -113,9 +115,9 @@ def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
     summary = {"accuracy": 100 * accuracy, "interval": 196 * (variance / n) ** 0.5, "count": n, "samples": samples}
     summary |= {f"pass@{k}": 100 * sum(pass_at(k, samples, c) for c in right) / n
                 for k in sorted({*(2**i for i in range(1, samples.bit_length())), samples} - {1})}
-    compared = [p for p in predictions if p.get("ecr") is not None]
-    if compared:
-        summary["ecr"] = mean("ecr", compared)
+    for key in ("entropy", "ecr@5", "ecr@10"):
+        if known := [p for p in predictions if p.get(key) is not None]:
+            summary[key] = mean(key, known)
     return summary | {"chain_length": mean("chain_length"), "answer_tokens": mean("answer_tokens"),
                       "finished": 100 * mean("finished"), "seconds": seconds, "seconds_per_problem": seconds / len(predictions)}
 

@@ -93,7 +93,7 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
             "reference": problem.answer, "correct": grader.grade(problem.answer, text),
             "chain_length": len(chain) + len(latents), "answer_tokens": len(answer), "finished": result.finished}
     if latents:
-        line["entropy"] = float(-torch.xlogy(result.probs, result.probs).sum(-1).mean())
+        line["entropy"] = round(float(-torch.xlogy(result.probs, result.probs).sum(-1).mean()), 4)
         written = tokenizer.encode(problem.chain) if problem.chain else []
         line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written, r) for k in (5, 10) if k <= result.ids.shape[1]}
     return line

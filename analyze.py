@@ -120,6 +120,8 @@ def main():
     _, _, device = start(args.device)
     run, out = finished_run(args.model, "train_phase2"), Path(args.out)
     before = finished_run(run["phase1"], "train_phase1")
+    if run["top_k"] <= 0:
+        raise UserError(f"{args.model}: was trained with top-k {run['top_k']}; N_eff is for superpositions of a few tokens")
     if not is_free(out):
         raise UserError(f"{out}: is there already and not empty; choose another --out")
     solutions = load_solutions(args.data)[:args.problems]

@@ -3,7 +3,7 @@
     python cache_latents.py --phase1 runs/joint --data train.jsonl --out runs/cache
 
 OUT/shard-00000.safetensors ... hold `probs` float16 [sum N, k], `ids` int32 [sum N, k] (none with top-k 0: probs cover the
-vocabulary) and `offsets` int64 [examples + 1]; OUT/cache.json says what they were made from and is written last.
+vocabulary, with -1 they are hidden states) and `offsets` int64 [examples + 1]; OUT/cache.json says what they were made from and is written last.
 """
 
 from pathlib import Path
@@ -104,7 +104,7 @@ def main():
             print(f"{out}: is finished already")
         return
     if rank == 0:
-        print(f"cache_latents: {len(examples)} examples, r = {r}, top-k = {k or 'all'}, on {world} x {device}")
+        print(f"cache_latents: {len(examples)} examples, r = {r}, top-k = {k}, on {world} x {device}")
     shards = range(0, len(examples), SHARD)
     for number in tqdm(range(rank, len(shards), world), desc=out.name, disable=rank > 0):
         path = out / f"shard-{number:05d}.safetensors"
@@ -113,7 +113,7 @@ def main():
         probs, ids = zip(*encode(encoder, examples[shards[number]:shards[number] + SHARD], r, k, args.row_tokens, device))
         offsets = torch.tensor([0] + [len(x) for x in probs]).cumsum(0)
         tensors = {"probs": torch.cat(probs), "offsets": offsets}
-        write_tensors(path, tensors if k == 0 else tensors | {"ids": torch.cat(ids)})
+        write_tensors(path, tensors if k <= 0 else tensors | {"ids": torch.cat(ids)})
     if dist.is_initialized():
         dist.barrier()
     if rank == 0:

@@ -1,7 +1,8 @@
-"""Latent tokens as arithmetic: superposition, the two losses, and noise. See docs/METHOD.md.
+"""Latent tokens as arithmetic: superposition, the losses, and noise. See docs/METHOD.md.
 
 A latent's distribution `alpha` is held as (probs, ids): probabilities float [N, k] and the tokens they belong to int [N, k];
-ids is None where alpha covers the full vocabulary (k = 0) and probs is [N, V].
+ids is None where alpha covers the full vocabulary (k = 0) and probs is [N, V]. With k = HIDDEN, the ablation, a latent is no
+distribution but the last hidden state itself: ids is None and probs is [N, hidden_size].
 """
 
 import torch
@@ -10,6 +11,7 @@ from runs import fused
 
 LOGITS = {"cpu": 2**23, "cuda": 2**28}  # how many vocabulary logits live at a time: few stay in a cache, many fill a GPU
 
+HIDDEN = -1
 GROUP = 128  # vocabulary logits whose maximum is looked at first where the k largest are searched
 
 
@@ -56,11 +58,18 @@ def superpose(probs: torch.Tensor, ids: torch.Tensor | None, embedding: torch.Te
     return torch.einsum("nk,nkd->nd", probs.to(embedding.dtype), embedding[ids])
 
 
+def embed(probs, ids, embedding: torch.Tensor, k: int) -> torch.Tensor:
+    """What is fed for a latent, [N, hidden_size]: its superposition, or with k = HIDDEN the hidden state that it is."""
+    return probs if k == HIDDEN else superpose(probs, ids, embedding)
+
+
 def induce(hidden_states: torch.Tensor, embedding: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
     """alpha of the encoder's hidden states [N, hidden_size] at the latent queries: softmax over the k largest of h E^T.
 
     Differentiable in the hidden states. The full logits serve only to find the k ids; they are not kept for backward.
     """
+    if k == HIDDEN:
+        return precise(hidden_states), None
     if k == 0:
         return top_probs(hidden_states @ embedding.T, 0)
     with torch.no_grad():
@@ -123,6 +132,11 @@ def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, labels: torch
     """
     ones = precise(hidden_states.new_ones(len(labels)))
     return kl_divergence(hidden_states, head, ones[:, None], labels[:, None], ones)
+
+
+def squared_error(hidden_states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """sum_n weights_n |h_n - t_n|^2 / hidden_size, in float32: what stands for the KL where latents are hidden states [N, hidden_size]."""
+    return (weights * (precise(hidden_states) - precise(targets)).square().mean(-1)).sum()
 
 
 def perturb(probs, ids, gumbel, forbidden: int, scale: float, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:

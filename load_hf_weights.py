@@ -120,7 +120,7 @@ def resolve(path: str | Path) -> tuple[Path, list[Path], dict]:
     if "model_type" in config:
         return path, [], PLAIN | config.get("latent_sft", {})
     command = config.get("command")
-    if command == "train_sft":
+    if command == "train_sft" or config.get("all_weights"):
         return resolve(path / "model") if (path / "model").exists() else _unfinished(path)
     if command in ("train_phase1", "train_phase2"):
         base, adapters, _ = resolve(config["model"] if command == "train_phase1" else config["phase1"])
@@ -199,6 +199,18 @@ def save_checkpoint(model: Model, source: str | Path, out: str | Path, reasons: 
         raise UserError(f"{out}: cannot be written ({e})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def replace_checkpoint(model: Model, source: str | Path, out: Path, reasons: dict) -> None:
+    """save_checkpoint to `out` in place of the one that is there, if any; at every moment one of the two is whole."""
+    new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save_checkpoint(model, source, new, reasons)
+    if out.exists():
+        out.rename(old)
+    new.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def main():

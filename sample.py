@@ -32,7 +32,7 @@ class Sampling:
     """How to think and answer.
 
     thinking: "latent", or "text" (the chain is written, as part of the answer), or "none" (</think> at once).
-    top_k: tokens in a superposition, 0 for the full vocabulary. temperature 0 is greedy. noise, noise_temperature: those of
+    top_k: tokens in a superposition, 0 for the full vocabulary, latents.HIDDEN to think in hidden states. temperature 0 is greedy. noise, noise_temperature: those of
     latents.perturb while thinking; 0: none. `latents`: "own", or what is fed in the place of every latent's own: "random"
     tokens with the same probabilities, its "argmax" alone, or those that are "given" to `generate`, all of them and no others.
     forced: the answer begins with OPENING, which is not in the result. Raises UserError where that does not go together.
@@ -50,14 +50,14 @@ class Sampling:
     seed: int = 1
 
     def __post_init__(self):
-        if self.top_k == 0 and (self.noise or self.latents in ("random", "given")):
+        if self.top_k <= 0 and (self.noise or self.latents in ("random", "given")) or self.top_k < 0 and self.latents == "argmax":
             what = "noise" if self.noise else f"{self.latents} latents"
-            raise UserError(f"{what}: for superpositions of the top k tokens, not of all; choose another --top-k than 0")
+            raise UserError(f"{what}: for superpositions of the top k tokens; choose another --top-k than {self.top_k}")
 
 
 @dataclass
 class Result:
-    """probs float32 [n, k] and ids int64 [n, k]: the n latents that were fed (the SHOWN likeliest tokens if top_k is 0).
+    """probs float32 [n, k] and ids int64 [n, k]: the n latents that were fed (the SHOWN likeliest tokens if top_k is not positive).
 
     tokens: what was sampled, without the end-of-turn token. finished: whether that token came within the budget.
     """
@@ -88,10 +88,11 @@ class State:
         return torch.arange(len(self.budget), device=self.budget.device), self.num_tokens.clamp(max=self.tokens.shape[1] - 1)
 
 
-def _turn(rows: State, likeliest, sampled, probs, ids, E, stop, end_think, end_of_turn: int) -> torch.Tensor:
+def _turn(rows: State, likeliest, sampled, probs, ids, z, E, stop, end_think, end_of_turn: int) -> torch.Tensor:
     """What each row reads next, [B, hidden_size], noted in `rows`: a latent (probs, ids), a token of </think>, or what it says.
 
     Thinking ends where the token `stop` is the likeliest [B]; `sampled` [B] is what a row would say. probs None: nobody thinks.
+    z: what is fed for a latent, if not its superposition.
     """
     rows.thinking &= (likeliest != stop) & (rows.num_latents < rows.budget)
     thinks = rows.active & rows.thinking
@@ -99,7 +100,7 @@ def _turn(rows: State, likeliest, sampled, probs, ids, E, stop, end_think, end_o
     says = rows.active & ~rows.thinking & ~closes
     inputs_embeds = E[torch.where(closes, end_think[rows.closed.clamp(max=len(end_think) - 1)], sampled)]
     if probs is not None:
-        inputs_embeds = torch.where(thinks[:, None], latents.superpose(probs, ids, E), inputs_embeds)
+        inputs_embeds = torch.where(thinks[:, None], latents.superpose(probs, ids, E) if z is None else z, inputs_embeds)
         if ids is None:
             probs, ids = probs.topk(rows.ids.shape[-1])
         at = rows.latent_at()
@@ -137,6 +138,7 @@ class Sampler:
         self.device = model.embed_tokens.weight.device
         self.end_think = torch.tensor(end_think, device=self.device)
         self.stop = self.end_think[0] if settings.latents != "given" else self.end_think.new_tensor(-1)  # ends thinking
+        self.shown = settings.top_k if settings.top_k > 0 else min(SHOWN, model.config.vocab_size)
         self.steps = 8 if self.device.type == "cuda" else 1  # between two looks at who has finished: a look waits for the GPU
         self.room = None
 
@@ -187,7 +189,7 @@ class Sampler:
             return
         self.room, self.cache, self.step = (wanted, length, thoughts), None, None
         fitting = 0.8 * free_memory(self.device) / KVCache.bytes_per_row(config, length, dtype)
-        B, k = max(1, int(min(wanted, fitting))), s.top_k or min(SHOWN, config.vocab_size)
+        B, k = max(1, int(min(wanted, fitting))), self.shown
         self.cache = KVCache(config, B, length, self.device, dtype)
         zeros = lambda *shape, dtype=torch.long: torch.zeros(B, *shape, dtype=dtype, device=self.device)
         self.state = State(zeros(dtype=torch.bool), zeros(dtype=torch.bool), zeros(), zeros(), zeros(), zeros(),
@@ -232,12 +234,13 @@ class Sampler:
         """Every row reads its next token, whatever that is. `longest`: no row has read more with it. Nobody waits for the GPU."""
         s, state = self.settings, self.state
         logits = (self.hidden @ self.model.head.T).float()
-        probs, ids = latents.top_probs(logits, s.top_k) if s.thinking == "latent" else (None, None)
+        hidden = s.thinking == "latent" and s.top_k == latents.HIDDEN
+        probs, ids = latents.top_probs(logits, self.shown if hidden else s.top_k) if s.thinking == "latent" else (None, None)
         likeliest = logits.argmax(-1) if ids is None else ids[:, 0]
         sampled = pick(logits, self.uniform[state.token_at()], s.temperature, s.top_p) if s.temperature else likeliest
         probs, ids = self._intervene(probs, ids)
-        inputs_embeds = fused(_turn, sampled)(state, likeliest, sampled, probs, ids, self.model.embed_tokens.weight, self.stop,
-                                              self.end_think, self.end_of_turn)
+        inputs_embeds = fused(_turn, sampled)(state, likeliest, sampled, probs, ids, self.hidden if hidden else None,
+                                              self.model.embed_tokens.weight, self.stop, self.end_think, self.end_of_turn)
         position_ids = self.cache.lengths.clone()
         self.hidden.copy_(self.model(inputs_embeds, position_ids, self.cache.decode(state.active, longest)))
 
@@ -280,7 +283,8 @@ def generate(model: Model, tokenizer: Tokenizer, problems: list[str], settings: 
 def add_sampling_arguments(p) -> None:
     p.add_argument("--model", required=True, help="checkpoint directory or run")
     p.add_argument("--thinking", choices=["latent", "text", "none"], help="how to reason; default: what the model learned")
-    p.add_argument("--top-k", type=at_least(0), help="tokens in a superposition, 0 for all; default: what the model learned")
+    p.add_argument("--top-k", type=at_least(latents.HIDDEN),
+                   help="tokens in a superposition, 0 for all, -1 for hidden states instead; default: what the model learned")
     p.add_argument("--max-latents", type=at_least(0), default=256, help="latent budget; then </think> is fed")
     p.add_argument("--max-new-tokens", type=at_least(1), default=512, help="budget of sampled tokens")
     p.add_argument("--noise", type=at_least(0, float), default=0.0, help="scale of Gumbel noise on the latents; 0: none")

@@ -19,20 +19,20 @@ from graphs import run_row
 import latents
 from load_hf_weights import base_dtype, load_model
 import lora
-from masks import induction, supervision
+from masks import causal, induction, supervision
 from model import Model
-from runs import UserError, at_least, finished_run, parser, run_main, start
+from runs import UserError, at_least, finished_run, parser, read_json, run_main, start
 from trainer import Task, add_training_arguments, train
 
 LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder", "decoder")}
 
 
 class Encoder(nn.Module):
-    """The base with the adapter "encoder" and the latent query L, a vector [hidden_size]."""
+    """The base with the adapter "encoder" and the latent query L, a vector [hidden_size]; `rule` is its mask."""
 
-    def __init__(self, model: Model, latent_query: torch.Tensor | None = None):
+    def __init__(self, model: Model, latent_query: torch.Tensor | None = None, rule=induction):
         super().__init__()
-        self.model = model
+        self.model, self.rule = model, rule
         query = model.embed_tokens.weight.float().mean(0) if latent_query is None else latent_query
         self.latent_query = nn.Parameter(query.to(model.embed_tokens.weight.device, torch.float32))
 
@@ -41,7 +41,7 @@ class Encoder(nn.Module):
         E = self.model.embed_tokens.weight
         x = self.model.embed_tokens(row.ids)
         x = x.index_copy(0, row.latent_index, self.latent_query.to(x.dtype).expand(len(row.latent_index), -1))
-        h = run_row(self.model, x, row, induction, "encoder")
+        h = run_row(self.model, x, row, self.rule, "encoder")
         return latents.induce(h[row.latent_index], E.detach(), k)
 
 
@@ -53,8 +53,11 @@ class Rows:
 
 
 class Phase1(Task):
-    def __init__(self, encoder: Encoder, r: int, k: int, learns: tuple[str, ...]):
+    """`learns` are the adapters that do. Without `segments`, an ablation, the decoder is supervised on the answer alone."""
+
+    def __init__(self, encoder: Encoder, r: int, k: int, learns: tuple[str, ...], segments: bool = True):
         super().__init__()
+        self.layout, self.rule = ("decoder", supervision) if segments else ("latent", causal)
         self.model, self.encoder, self.r, self.k, self.learns = encoder.model, encoder, r, k, learns
         self.encoder.requires_grad_(False)
         for name in learns:
@@ -69,24 +72,24 @@ class Phase1(Task):
         return self
 
     def length(self, example):
-        return max(num_tokens(layout, example, self.r) for layout in ("encoder", "decoder"))
+        return max(num_tokens(layout, example, self.r) for layout in ("encoder", self.layout))
 
     def tokens(self, example):
-        return sum(num_tokens(layout, example, self.r) for layout in ("encoder", "decoder"))
+        return sum(num_tokens(layout, example, self.r) for layout in ("encoder", self.layout))
 
     def counts(self, examples):
-        return {"ce": sum(num_targets("decoder", e, self.r) for e in examples)}
+        return {"ce": sum(num_targets(self.layout, e, self.r) for e in examples)}
 
     def row(self, examples):
-        return Rows(pack_row("encoder", examples, self.r), pack_row("decoder", examples, self.r))
+        return Rows(pack_row("encoder", examples, self.r), pack_row(self.layout, examples, self.r))
 
     def forward(self, rows):
         with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self.learns):
             alpha = self.encoder(rows.encoder, self.k)
         row, E = rows.decoder, self.model.embed_tokens.weight
         x = self.model.embed_tokens(row.ids)
-        x = x.index_copy(0, row.latent_index, latents.superpose(*alpha, E.detach()).to(x.dtype))
-        h = run_row(self.model, x, row, supervision, "decoder")
+        x = x.index_copy(0, row.latent_index, latents.embed(*alpha, E.detach(), self.k).to(x.dtype))
+        h = run_row(self.model, x, row, self.rule, "decoder")
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out: Path):
@@ -98,7 +101,7 @@ class Phase1(Task):
 def load_encoder(run: str | Path, model: Model, dropout: float = 0.0) -> Encoder:
     """The encoder that a phase 1 run saved, as an adapter on `model`, the run's base."""
     extra = lora.load_adapter(Path(run) / "encoder.safetensors", model, "encoder", dropout)
-    return Encoder(model, extra["latent_query"])
+    return Encoder(model, extra["latent_query"], causal if read_json(Path(run) / "config.json")["no_induction"] else induction)
 
 
 def main():
@@ -107,7 +110,10 @@ def main():
     p.add_argument("--model", help="the CoT-SFT model, a run or a checkpoint directory; default: that of --init")
     p.add_argument("--init", help="the phase 1 run whose adapters this step starts from; step encoder may do without")
     p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --init, or 2")
-    p.add_argument("--top-k", type=at_least(0), help="tokens in a superposition, 0 for all; default: that of --init, or 10")
+    p.add_argument("--top-k", type=at_least(latents.HIDDEN), help="tokens in a superposition, 0 for all; -1: the last hidden states "
+                   "instead, an ablation; default: that of --init, or 10")
+    p.add_argument("--no-induction", action="store_true", default=None, help="a plain causal mask for the encoder, an ablation")
+    p.add_argument("--no-segments", action="store_true", default=None, help="a decoder without chain tokens, an ablation")
     add_training_arguments(p, lr=1e-4, epochs=10)
     p.set_defaults(lora_rank=None)
     args = p.parse_args()
@@ -118,7 +124,8 @@ def main():
         raise UserError(f"--init: the step {args.step} starts from a run of the step before; name it")
     args.model = args.model and str(Path(args.model).resolve())  # later commands find it from anywhere
     before = finished_run(args.init, "train_phase1") if args.init else {}
-    for key, default in (("model", None), ("compression", 2), ("top_k", 10), ("lora_rank", 64)):
+    for key, default in (("model", None), ("compression", 2), ("top_k", 10), ("lora_rank", 64), ("no_induction", False),
+                         ("no_segments", False)):
         given = getattr(args, key)
         if given is None:
             setattr(args, key, before.get(key, default))
@@ -135,12 +142,12 @@ def main():
     else:
         for name in ("encoder", "decoder"):
             lora.add_adapter(model, name, args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
-        encoder = Encoder(model)
+        encoder = Encoder(model, rule=causal if args.no_induction else induction)
     if args.top_k > model.config.vocab_size:
         raise UserError(f"--top-k {args.top_k}: the vocabulary has only {model.config.vocab_size} tokens")
     examples = load_examples(args.data, tokenizer)
     valid = load_examples(args.valid, tokenizer) if args.valid else None
-    task = Phase1(encoder, args.compression, args.top_k, LEARNS[args.step])
+    task = Phase1(encoder, args.compression, args.top_k, LEARNS[args.step], not args.no_segments)
     train(task, examples, valid, args, rank, world, device)
 
 

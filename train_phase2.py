@@ -15,11 +15,11 @@ from cache_latents import encode, identity, read_cache
 from data import Example, Row, load_examples, num_targets, num_tokens, pack_row
 from graphs import run_row
 import latents
-from load_hf_weights import base_dtype, load_model
+from load_hf_weights import base_dtype, load_model, replace_checkpoint, resolve
 import lora
 from masks import causal
 from model import Model
-from runs import at_least, finished_run, parser, run_main, start
+from runs import UserError, at_least, finished_run, parser, run_main, start
 from train_phase1 import load_encoder
 from trainer import Task, add_training_arguments, train
 
@@ -45,13 +45,17 @@ class LatentRow:
 
 
 class Phase2(Task):
-    """`noise` and `temperature` are those of latents.gumbel_noise, `end_think` the token that noise must not put on top."""
+    """Trains the adapter "student" of `model`; all its weights instead where it has none, then `source` is its checkpoint directory.
 
-    def __init__(self, model: Model, r: int, w_ce=1.0, w_kl=1.0, noise=0.0, temperature=1.0, end_think: int = 0):
+    `noise` and `temperature` are those of latents.gumbel_noise, `end_think` the token that noise must not put on top.
+    """
+
+    def __init__(self, model: Model, r: int, k: int = 10, w_ce=1.0, w_kl=1.0, noise=0.0, temperature=1.0, end_think: int = 0,
+                 source: Path | None = None):
         super().__init__()
-        self.model, self.r = model, r
+        self.model, self.r, self.k, self.source = model.requires_grad_(True) if source else model, r, k, source
         self.noise, self.temperature, self.end_think = noise, temperature, end_think
-        self.weights = {"ce": w_ce, "kl": w_kl}
+        self.weights = {"ce": w_ce, "kl": w_kl}  # "kl" is the squared error where latents are hidden states
 
     def length(self, example):
         return num_tokens("latent", example, self.r)
@@ -69,14 +73,19 @@ class Phase2(Task):
         row, probs, ids, E = batch.row, batch.probs, batch.ids, self.model.embed_tokens.weight
         if self.noise and self.training:
             probs = latents.gumbel_noise(probs, ids, self.end_think, self.noise, self.temperature)
-        x = self.model.embed_tokens(row.ids)
-        x = x.index_copy(0, row.latent_index, latents.superpose(probs, ids, E.detach()).to(x.dtype))
-        h = run_row(self.model, x, row, causal, "student")
+        x = self.model.embed_tokens(row.ids).to(base_dtype(row.ids.device))  # weights that learn are float32
+        x = x.index_copy(0, row.latent_index, latents.embed(probs, ids, E.detach(), self.k).to(x.dtype))
+        h = run_row(self.model, x, row, causal, None if self.source else "student")
+        before = h[row.latent_index - 1]
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets),
-                "kl": latents.kl_divergence(h[row.latent_index - 1], self.model.head, probs, ids, batch.weights)}
+                "kl": latents.squared_error(before, probs, batch.weights) if self.k == latents.HIDDEN
+                else latents.kl_divergence(before, self.model.head, probs, ids, batch.weights)}
 
     def save(self, out: Path):
-        lora.save_adapter(out / "student.safetensors", self.model, "student")
+        if self.source:
+            replace_checkpoint(self.model, self.source, out / "model", {"thinking": "latent", "top_k": self.k, "compression": self.r})
+        else:
+            lora.save_adapter(out / "student.safetensors", self.model, "student")
 
 
 def main():
@@ -84,7 +93,8 @@ def main():
     p.add_argument("--phase1", required=True, help="the phase 1 run whose decoder the student starts from")
     p.add_argument("--cache", required=True, help="the latents that its encoder made of --data (cache_latents.py)")
     p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --phase1")
-    p.add_argument("--top-k", type=at_least(0), help="tokens in a superposition; default: that of --phase1")
+    p.add_argument("--top-k", type=at_least(latents.HIDDEN), help="tokens in a superposition; default: that of --phase1")
+    p.add_argument("--all-weights", action="store_true", help="all weights learn instead of an adapter")
     p.add_argument("--w-ce", type=at_least(0, float), default=1.0, help="weight of the answer's cross-entropy")
     p.add_argument("--w-kl", type=at_least(0, float), default=1.0, help="weight of the latents' KL")
     p.add_argument("--noise", type=at_least(0, float), default=0.0, help="scale of Gumbel noise on the latents; 0: none")
@@ -97,11 +107,16 @@ def main():
     args.top_k = before["top_k"] if args.top_k is None else args.top_k
 
     args.phase1 = str(Path(args.phase1).resolve())
+    if args.all_weights and args.shard:
+        raise UserError("--all-weights: every rank needs all weights; leave --shard out")
+    if args.noise and args.top_k == latents.HIDDEN:
+        raise UserError("--noise: is for superpositions, and these latents are hidden states")
 
     rank, world, device = start(args.device)
     torch.manual_seed(args.seed)
-    model, tokenizer, _ = load_model(args.phase1, "cpu" if args.shard else device, base_dtype(device))
-    lora.add_adapter(model, "student", args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
+    model, tokenizer, _ = load_model(args.phase1, "cpu" if args.shard else device, torch.float32 if args.all_weights else base_dtype(device))
+    if not args.all_weights:
+        lora.add_adapter(model, "student", args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
     plain = load_examples(args.data, tokenizer)
     made_from = identity(args.phase1, args.data, len(plain), args.compression, args.top_k)
     examples = with_latents(plain, read_cache(args.cache, made_from))
@@ -111,8 +126,8 @@ def main():
         encoder = load_encoder(args.phase1, load_model(before["model"], device, base_dtype(device))[0]).to(device).eval()
         valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))
         del encoder
-    task = Phase2(model, args.compression, args.w_ce, args.w_kl, args.noise, args.noise_temperature,
-                  tokenizer.end_think[0])
+    task = Phase2(model, args.compression, args.top_k, args.w_ce, args.w_kl, args.noise, args.noise_temperature,
+                  tokenizer.end_think[0], resolve(args.phase1)[0] if args.all_weights else None)
     train(task, examples, valid, args, rank, world, device)
 
 

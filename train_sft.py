@@ -8,12 +8,11 @@ Q <think> </think> A.
 """
 
 from pathlib import Path
-import shutil
 
 from data import load_examples, num_targets, num_tokens, pack_row
 from graphs import run_row
 import latents
-from load_hf_weights import PLAIN, base_dtype, load_model, resolve, save_checkpoint
+from load_hf_weights import PLAIN, base_dtype, load_model, replace_checkpoint, resolve
 from masks import causal
 from runs import parser, run_main, start
 from trainer import Task, add_training_arguments, train
@@ -39,14 +38,7 @@ class CoTSFT(Task):
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out: Path):
-        new, old = out / "model.new", out / "model.old"
-        for leftover in (new, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        save_checkpoint(self.model, self.source, new, PLAIN | {"thinking": self.thinking})
-        if (out / "model").exists():
-            (out / "model").rename(old)
-        new.rename(out / "model")
-        shutil.rmtree(old, ignore_errors=True)
+        replace_checkpoint(self.model, self.source, out / "model", PLAIN | {"thinking": self.thinking})
 
 
 def main():

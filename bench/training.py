@@ -87,7 +87,7 @@ def our_task(phase: int, args, device):
         for key, p in lora.adapter_parameters(model, name).items():
             if key.endswith("lora_B"):
                 p.data.normal_(0, 0.01)  # as if training had gone on for a while
-    task = Phase1(Encoder(model), args.compression, args.top_k, LEARNS["joint"]) if phase == 1 else Phase2(model, args.compression)
+    task = Phase1(Encoder(model), args.compression, args.top_k, LEARNS["joint"]) if phase == 1 else Phase2(model, args.compression, args.top_k)
     model.checkpoint_activations = args.checkpoint_activations
     return task.to(device)
 

@@ -111,7 +111,7 @@ def test_unknown_architecture_and_truncated_weights(fails, checkpoint, data, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--compression", 0], ["--top-k", -1], ["--compression", "two"], ["--step", "all"], ["--batch-size", 0],
+@pytest.mark.parametrize("arguments", [["--compression", 0], ["--top-k", -2], ["--compression", "two"], ["--step", "all"], ["--batch-size", 0],
                                        ["--lora-dropout", 1.5], ["--warmup", 100]])
 def test_bad_numbers(fails, checkpoint, data, tmp_path, arguments):
     fails(train_phase1.main, ["--step", "encoder", *sft(checkpoint(), data, tmp_path / "out"), *arguments], arguments[0], code=2)

@@ -1,0 +1,109 @@
+"""The ablations: hidden states as latents, no induction mask, no segments, all weights; against transformers in float64."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import cache_latents
+from latents import HIDDEN
+from load_hf_weights import load_checkpoint, load_model
+import lora
+import masks
+import oracle
+from sample import Sampler, Sampling
+from test_cache import phase1, phase2_arguments
+from test_sample import prompts
+from test_training import examples, lively, mean_loss, merged_hf, theirs  # noqa: F401
+from train_phase1 import Encoder, Phase1, load_encoder
+from train_phase2 import LatentExample, Phase2
+import train_phase2
+
+
+def encoder_states(hf, ex, query, r, induction):
+    """The encoder's hidden states at the latent queries, [N, d]."""
+    tokens = oracle.tokens("encoder", ex, r)
+    E, is_latent = hf.get_input_embeddings().weight, [kind == "Z" for _, kind, _ in tokens]
+    x = torch.stack([query if latent else E[token] for (token, _, _), latent in zip(tokens, is_latent)])
+    T = len(x)
+    mask = torch.tensor([[k <= q and (not induction or not is_latent[k] or k == q) for k in range(T)] for q in range(T)])
+    return oracle.run(hf, x, mask, list(range(T)))[is_latent]
+
+
+@pytest.mark.parametrize("k,induction,segments", [(HIDDEN, True, True), (HIDDEN, False, False), (3, False, True), (3, True, False)])
+def test_phase1_loss(checkpoint, examples, k, induction, segments):  # noqa: F811
+    directory, r = checkpoint("qwen3", True), 2
+    model = load_checkpoint(directory)
+    for name in ("encoder", "decoder"):
+        lora.add_adapter(model, name, 4, 8)
+        lively(model, name)
+    torch.manual_seed(7)
+    encoder = Encoder(model, 0.5 * torch.randn(model.config.hidden_size), masks.induction if induction else masks.causal)
+    task = Phase1(encoder, r, k, ("encoder", "decoder"), segments)
+    hf_encoder, hf_decoder = (merged_hf(directory, model, name) for name in ("encoder", "decoder"))
+    query, E, losses = encoder.latent_query.detach().double(), hf_decoder.get_input_embeddings().weight, []
+    for ex in map(theirs, examples):
+        h = encoder_states(hf_encoder, ex, query, r, induction)
+        z = h if k == HIDDEN else oracle.superposition(h, E, k)[2]
+        layout = "decoder" if segments else "latent"
+        losses += oracle.token_losses(hf_decoder, oracle.forward(hf_decoder, layout, ex, r, z), oracle.labels(layout, ex, r))
+    assert mean_loss(task, examples)[0] == pytest.approx(oracle.mean(losses).item(), abs=1e-4)
+
+
+def test_phase2_loss_of_hidden_states(checkpoint, examples):  # noqa: F811
+    """The squared error at the position before each latent stands for the KL; and all weights can learn."""
+    directory, r = checkpoint("qwen3", True), 2
+    model, torch_generator = load_checkpoint(directory), torch.Generator().manual_seed(1)
+    hf = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float64)
+    with_latents, ce, errors = [], [], []
+    for e in examples:
+        ex = theirs(e)
+        h = torch.randn(len(oracle.segments(ex.chain, r)), model.config.hidden_size, generator=torch_generator)
+        with_latents.append(LatentExample(**vars(e), probs=h, ids=None))
+        out = oracle.forward(hf, "latent", ex, r, h.double())
+        ce += oracle.token_losses(hf, out, oracle.labels("latent", ex, r))
+        start = len(e.prompt) - 1
+        errors.append((out[start:start + len(h)] - h.double()).square().mean())
+    task = Phase2(model, r, HIDDEN, 0.7, 1.3, source=directory)
+    loss, gradients = mean_loss(task, with_latents)
+    assert loss == pytest.approx((0.7 * oracle.mean(ce) + 1.3 * torch.stack(errors).mean()).item(), abs=1e-4)
+    assert set(gradients) == {f"model.{n}" for n, _ in model.named_parameters()}
+
+
+@torch.no_grad()
+def test_sampler_in_hidden_states(checkpoint):
+    directory = checkpoint("llama", True)
+    model = load_checkpoint(directory, dtype=torch.float64)
+    hf = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float64, attn_implementation="eager")
+    E, head = hf.get_input_embeddings().weight, hf.get_output_embeddings().weight
+    batch = prompts(6, seed=11)
+    for prompt, r in zip(batch, Sampler(model, [9], 262, Sampling("latent", HIDDEN, 4, 3, temperature=0), 4).generate(batch)):
+        x, tokens = list(E[torch.tensor(prompt)]), []
+        last = lambda: oracle.run(hf, torch.stack(x), torch.ones(len(x), len(x)).tril(), list(range(len(x))))[-1]
+        for ids in r.ids:
+            h = last()
+            assert int(ids[0]) == int((head @ h).argmax()) != 9
+            x.append(h)
+        x.append(E[9])
+        for _ in range(3):
+            tokens.append(int((head @ last()).argmax()))
+            x.append(E[tokens[-1]])
+        assert len(r.ids) and r.tokens == tokens
+
+
+@pytest.mark.parametrize("flags", [["--top-k", HIDDEN, "--no-induction"], ["--no-segments"]])
+def test_the_commands(command, checkpoint, data, tmp_path, flags):
+    """The flags of phase 1 hold for what is made from its run, and all weights that phase 2 trained are what is loaded."""
+    run, cache, latent = tmp_path / "run", tmp_path / "cache", tmp_path / "latent"
+    phase1(command, checkpoint, data, run, *flags)
+    assert command(cache_latents.main, "--phase1", run, "--data", data, "--out", cache)[0] == 0
+    model = load_model(run)[0]
+    assert load_encoder(run, load_checkpoint(checkpoint())).rule == (masks.causal if "--no-induction" in flags else masks.induction)
+    code, _, error = command(train_phase2.main, *phase2_arguments(run, data, cache, latent, "--all-weights", "--valid", data, "--lr", 1e-3))
+    assert code == 0, error
+    learned, _, reasons = load_model(latent)
+    assert reasons["thinking"] == "latent" and reasons["top_k"] == (HIDDEN if "--top-k" in flags else 3) and reasons["compression"] == 2
+    assert any(not torch.equal(a, b) for a, b in zip(learned.parameters(), model.parameters()))
+    if "--top-k" in flags:
+        code, _, error = command(train_phase2.main, *phase2_arguments(run, data, cache, tmp_path / "noisy", "--noise", 1))
+        assert code == 1 and "are hidden states" in error
+

@@ -24,9 +24,8 @@ import latents
 from load_hf_weights import base_dtype, load_model
 from masks import causal
 from model import Model
-from runs import UserError, at_least, finished_run, is_free, parser, read_json, run_main, start, write_json, write_text
+from runs import UserError, at_least, finished_run, is_free, parser, run_main, start, write_json, write_text
 from sample import Sampling, generate
-from tokenizer import Tokenizer
 from train_phase1 import Encoder, load_encoder
 
 TOP = 100  # tokens of a latent's distribution that count

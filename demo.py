@@ -10,8 +10,6 @@ small model cannot compose 5 to 8 permutations; with them it can. A stopped demo
 import json
 from pathlib import Path
 import random
-import subprocess
-import sys
 import time
 
 from safetensors.torch import save_file
@@ -21,10 +19,9 @@ from data import Example, read_jsonl
 from figures import draw_latents, draw_masks
 from load_hf_weights import hf_name, read_config
 from model import Model
-from runs import atomic, at_least, open_run, parser, read_json, run_main, write_json, write_text
+from runs import atomic, at_least, call, open_run, parser, read_json, run_main, write_json, write_text
 from tokenizer import END_THINK, THINK, Tokenizer, byte_alphabet
 
-HERE = Path(__file__).parent
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 264, "hidden_size": 96,
           "intermediate_size": 288, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 4,
           "rms_norm_eps": 1e-6, "rope_theta": 300.0, "hidden_act": "silu", "tie_word_embeddings": True,
@@ -93,42 +90,35 @@ def main():
     if not (out / "base" / "model.safetensors").exists():
         write_task(out, args.seed)
         write_model(out / "base", args.seed)
-    device, seed = ["--device", args.device], f"--seed {args.seed}"
+    seed = f"--seed {args.seed}"
 
-    def call(what: str, script: str, settings: str, **paths):
+    def stage(what: str, script: str, settings: str, **paths):
         print(f"\n[{time.time() - begin:4.0f} s] {what}", flush=True)
-        flags = [x for key, value in paths.items() for x in (f"--{key}", str(value))]
-        process = subprocess.Popen([sys.executable, HERE / script, *flags, *settings.split(), *device])
-        try:
-            code = process.wait()
-        except KeyboardInterrupt:  # the script has it too, and saves what it has
-            code = process.wait() or 130
-        if code:
-            sys.exit(code)
+        call(script, f"{settings} --device {args.device}", **paths)
 
     def evaluate(name: str, run: Path, arm: str = "free") -> dict:
         where = out / "eval" / name
         summary = where / ("test.json" if arm == "free" else f"test.{arm}.json")
         if not summary.exists():
-            call(f"{name}, {arm}: 500 unseen problems", "eval.py", f"{EVAL} --arms {arm}", model=run, data=out / "test.jsonl",
+            stage(f"{name}, {arm}: 500 unseen problems", "eval.py", f"{EVAL} --arms {arm}", model=run, data=out / "test.jsonl",
                  out=where)
         return read_json(summary)
 
     base, cot, answer_only = out / "base", out / "cot", out / "answer-only"
     data = {"data": out / "train.jsonl", "valid": out / "valid.jsonl"}
-    call("CoT-SFT: learn to write the chain", "train_sft.py", f"{SFT} {seed}", model=base, out=cot, **data)
-    call("answer-only: the same without chains", "train_sft.py", f"{SFT} {seed} --no-chain", model=base, out=answer_only, **data)
+    stage("CoT-SFT: learn to write the chain", "train_sft.py", f"{SFT} {seed}", model=base, out=cot, **data)
+    stage("answer-only: the same without chains", "train_sft.py", f"{SFT} {seed} --no-chain", model=base, out=answer_only, **data)
     rows = {"answer-only": evaluate("answer-only", answer_only), "CoT-SFT": evaluate("CoT-SFT", cot)}
     for r in args.rates:
         encoder, decoder, joint, cache, latent = (
             out / f"r{r}-{stage}" for stage in ("encoder", "decoder", "joint", "cache", "latent"))
-        phase1 = lambda step, settings, **paths: call(f"r = {r}, phase 1: {step}", "train_phase1.py",
+        phase1 = lambda step, settings, **paths: stage(f"r = {r}, phase 1: {step}", "train_phase1.py",
                                                       f"--step {step} {PHASE1} {settings} {seed}", **paths, **data)
         phase1("encoder", f"{ENCODER} --compression {r}", model=cot, out=encoder)
         phase1("decoder", DECODER, init=encoder, out=decoder)
         phase1("joint", JOINT, init=decoder, out=joint)
-        call(f"r = {r}: latent cache", "cache_latents.py", "", phase1=joint, data=data["data"], out=cache)
-        call(f"r = {r}, phase 2: learn to think", "train_phase2.py", f"{PHASE2} {seed}", phase1=joint, cache=cache,
+        stage(f"r = {r}: latent cache", "cache_latents.py", "", phase1=joint, data=data["data"], out=cache)
+        stage(f"r = {r}, phase 2: learn to think", "train_phase2.py", f"{PHASE2} {seed}", phase1=joint, cache=cache,
              out=latent, **data)
         rows[f"Latent r={r}"] = evaluate(f"latent-r{r}", latent)
         rows[f"Latent r={r}, its latents replaced by random ones"] = evaluate(f"latent-r{r}", latent, "random")

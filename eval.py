@@ -10,7 +10,8 @@ torchrun, ranks share the problems. The same command again goes on with an evalu
 
 Arms: free (think, answer as the model likes), forced (think, then only what follows "\\boxed{"), floor (the same without
 thinking), cut-M (at most M latents); and in the place of each latent: random (random tokens with its probabilities), argmax (its
-likeliest token alone), other (the latents that the model had for the next problem, and as many).
+likeliest token alone), other (the latents that the model had for the next problem, and as many), written (those that the encoder of phase 1
+makes of the file's chain; the decoder of a phase 1 run is a model too, and this is the best that it can do).
 """
 
 from dataclasses import dataclass, replace
@@ -24,14 +25,16 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import bare_chain, read_jsonl, text_field
+from cache_latents import encode
+from data import Example, bare_chain, read_jsonl, text_field
 from grade import Grader, boxed
 from load_hf_weights import base_dtype, fingerprint, load_model
-from runs import UserError, at_least, file_hash, from_rank0, is_free, parser, read_json, run_main, start, write_json, write_text
+from runs import UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, run_main, start, write_json, write_text
 from sample import OPENING, Result, Sampling, add_sampling_arguments, generate, sampling
 from tokenizer import Tokenizer
+from train_phase1 import load_encoder
 
-ARMS = ("free", "forced", "floor", "random", "other", "argmax")
+ARMS = ("free", "forced", "floor", "random", "other", "argmax", "written")
 
 
 @dataclass
@@ -64,7 +67,8 @@ def settings_of(name: str, settings: Sampling) -> Sampling:
     """The settings with which an arm is sampled."""
     if name.startswith("cut-"):
         return replace(settings, max_latents=int(name[4:]))
-    changes = {"free": {}, "forced": {"forced": True}, "floor": {"forced": True, "thinking": "none"}, "other": {"latents": "given"}}
+    changes = {"free": {}, "forced": {"forced": True}, "floor": {"forced": True, "thinking": "none"}, "other": {"latents": "given"},
+               "written": {"latents": "given"}}
     return replace(settings, **changes.get(name, {"latents": name}))
 
 
@@ -183,6 +187,16 @@ def sampled(model, tokenizer, problems, args, settings, path: Path, rank: int, w
     return everything.results, everything.seconds
 
 
+def written_latents(run: str, problems: list[Problem], tokenizer: Tokenizer, device) -> list[tuple]:
+    """The latents (probs, ids) that the encoder of phase 1 makes of the problems' written chains; `run`: of either phase."""
+    config = read_json(Path(run) / "config.json")
+    phase1 = config.get("phase1", run)
+    config = finished_run(phase1, "train_phase1")
+    encoder = load_encoder(phase1, load_model(config["model"], device, base_dtype(device))[0]).to(device).eval()
+    examples = [Example(tokenizer.prompt(p.text), tokenizer.encode(p.chain), tokenizer.end_think, []) for p in problems]
+    return [(probs.float(), ids.long()) for probs, ids in encode(encoder, examples, config["compression"], config["top_k"], 8192, device)]
+
+
 def evaluate(model, tokenizer, problems, args, free: Sampling, name: str, r: int, path: Path, made_with: dict, rank, world) -> dict:
     """Samples, grades and writes the arm `name` of one file; returns its summary. `free`: the settings of the arm free."""
     settings = settings_of(name, free)
@@ -194,6 +208,8 @@ def evaluate(model, tokenizer, problems, args, free: Sampling, name: str, r: int
         own, _ = sampled(model, tokenizer, problems, args, free, path.with_name(path.name + "-own"), rank, world)
         given = [(own[n].probs, own[n].ids) for n in range(len(own))]
         given = given[args.samples:] + given[:args.samples]
+    if name == "written":
+        given = [alpha for alpha in written_latents(args.model, problems, tokenizer, model.embed_tokens.weight.device) for _ in range(args.samples)]
     results, seconds = sampled(model, tokenizer, problems, args, settings, path, rank, world, given)
     with Grader() as grader:
         mine = [prediction(problems[n // args.samples], results[n], tokenizer, settings, r, grader)
@@ -242,6 +258,8 @@ def main():
     for which in args.arms:
         if settings_of(which, settings).thinking != "latent" and which not in ("free", "floor"):
             raise UserError(f"--arms {which}: is for thinking in latents, and this model's thinking is {settings.thinking}")
+        if which == "written" and any(p.chain is None for problems in problems_of.values() for p in problems):
+            raise UserError("--arms written: a problem without a written chain; give files in the training schema")
         if which == "other" and min(map(len, problems_of.values())) < 2:
             raise UserError("--arms other: needs at least two problems in a file")
 

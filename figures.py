@@ -1,4 +1,4 @@
-"""Two pictures as SVG: both masks for one example, and the latents of one problem beside its written chain."""
+"""Pictures as SVG: both masks for one example, the latents of one problem beside its written chain, and points with intervals."""
 
 from html import escape
 from pathlib import Path
@@ -78,3 +78,22 @@ def draw_latents(path: str | Path, problem: str, chain: list[str], prediction: d
     verdict = "right" if prediction["correct"] else f"wrong, it is {prediction['reference']}"
     parts.append(_text(16, y, f"answer: {prediction['answer']}   ({verdict})", font_weight="bold"))
     write_text(path, _svg(130 + (bar + 24) * columns, y + 20, parts))
+
+
+def draw_points(path: str | Path, points: list[tuple[str, float, float, float]], x_label: str, y_label: str) -> None:
+    """(name, x, y, half the height of its interval) as labelled points on axes that begin at zero."""
+    left, top, width, height = 60, 20, 560, 340
+    x_max, y_max = max(max(x for _, x, _, _ in points), 1e-9) * 1.15, min(100, max(y + d for _, _, y, d in points) * 1.1 + 1)
+    at = lambda x, y: (left + width * x / x_max, top + height * (1 - y / y_max))
+    parts = [_rect(left, top + height, width, 1, "#888"), _rect(left, top, 1, height, "#888"),
+             _text(left + width, top + height + 40, x_label, text_anchor="end"), _text(left + 8, top + 4, y_label)]
+    for i in range(6):
+        x, y = x_max * i / 5, y_max * i / 5
+        parts.append(_text(at(x, 0)[0], top + height + 18, f"{x:.3g}", text_anchor="middle", fill="#888"))
+        parts.append(_text(left - 6, at(0, y)[1] + 4, f"{y:.3g}", text_anchor="end", fill="#888"))
+    for name, x, y, d in points:
+        (cx, cy), color = at(x, y), COLORS[LATENT] if "atent" in name or name.startswith("r") else COLORS[PROMPT]
+        parts.append(_rect(cx - 0.75, at(x, y + d)[1], 1.5, height * 2 * d / y_max, color))
+        parts.append(f'<circle cx="{cx:.1f}" cy="{cy:.1f}" r="5" fill="{color}"/>')
+        parts.append(_text(cx + 9, cy + 4, name))
+    write_text(path, _svg(left + width + 140, top + height + 60, parts))

@@ -8,6 +8,7 @@ import json
 import os
 from pathlib import Path
 import signal
+import subprocess
 import sys
 
 from safetensors import SafetensorError, safe_open
@@ -238,6 +239,19 @@ def finished_run(path: str | Path, command: str) -> dict:
     if not (path / "finished.json").exists():
         raise UserError(f"{path}: this run is not finished; start its command again, it goes on where it stopped")
     return config
+
+
+def call(script: str, settings: str, **paths) -> None:
+    """Runs another script of this program with the flags `settings` and --key value for each of `paths` (a value may be a list); ends
+    this one, with its exit code, if it fails. Ctrl-C reaches it too: it saves what it has."""
+    flags = [str(x) for key, value in paths.items() for x in ("--" + key, *(value if isinstance(value, list) else [value]))]
+    process = subprocess.Popen([sys.executable, Path(__file__).parent / script, *flags, *settings.split()])
+    try:
+        code = process.wait()
+    except KeyboardInterrupt:
+        code = process.wait() or 130
+    if code:
+        sys.exit(code)
 
 
 def run_main(main) -> None:

@@ -1,0 +1,187 @@
+"""The paper's claim on a real model, from a checkpoint and the data to the table and the pictures.
+
+    python reproduce.py --model SmolLM2-135M-Instruct --data DIR --out results/smollm2 --minutes 60
+    python reproduce.py --model SmolLM2-135M-Instruct --data DIR --out smoke --smoke          # a CPU, a few rows, minutes
+    python reproduce.py --out results/smollm2 --report                                        # table and pictures again
+
+DIR holds gsm8k-train.jsonl, gsm8k-valid.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
+done by the project's own scripts; what is finished is not done again. --minutes are those of one H100 for the MAIN variants and one seed,
+and scale the epochs. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
+"""
+
+from dataclasses import dataclass
+import gzip
+from pathlib import Path
+
+import torch
+
+from data import read_jsonl
+from figures import draw_points
+from runs import UserError, at_least, call, open_run, parser, read_json, run_main, write_json, write_text
+
+TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
+EPOCHS = {"sft": 4.0, "encoder": 0.5, "decoder": 0.5, "joint": 2.0, "phase2": 8.0}  # in 60 minutes
+SFT = "--lr 5e-4 --batch-size 256"
+PHASE1 = "--lr 1e-3 --batch-size 256"
+PHASE2 = "--lr 5e-4 --batch-size 256"
+EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
+SMOKE = "--max-steps 2 --batch-size 4"
+ARMS = "forced floor random other argmax cut-4"  # what the latents are good for, on gsm8k-test
+
+
+@dataclass
+class Variant:
+    """A row of the table. r = 0: trained on text (train_sft.py); phase1, phase2: flags of these scripts; arms: whether
+    to try ARMS too."""
+    r: int = 2
+    phase1: str = ""
+    phase2: str = "--all-weights"
+    sft: str = ""
+    arms: bool = False
+    small: bool = False  # on gsm8k-train alone
+
+    @property
+    def ceiling(self) -> bool:
+        """Whether latents can be handed to a model from outside: superpositions of a few tokens can."""
+        return "--top-k 0" not in self.phase1 and "--top-k -1" not in self.phase1
+
+
+VARIANTS = {
+    "answer-only": Variant(0, sft="--no-chain"),
+    "CoT-SFT": Variant(0),
+    "Latent-r2": Variant(2, arms=True),
+    "Latent-r3": Variant(3),
+    "Latent-r4": Variant(4, arms=True),
+    "r2-top1": Variant(2, "--top-k 1"),
+    "r2-full-vocabulary": Variant(2, "--top-k 0", small=True),  # a cache of the whole vocabulary is large
+    "r2-hidden-states": Variant(2, "--top-k -1"),
+    "r2-no-induction": Variant(2, "--no-induction"),
+    "r2-no-segments": Variant(2, "--no-segments"),
+    "r2-noise": Variant(2, phase2="--all-weights --noise 1"),
+    "r2-LoRA": Variant(2, phase2=""),
+}
+MAIN = ("answer-only", "CoT-SFT", "Latent-r2", "Latent-r4")
+
+
+def write_data(source: Path, out: Path, smoke: bool) -> None:
+    """train.jsonl (gsm8k-train three times and gsm8k-sub-train), small.jsonl (the former alone) and the evaluation files, in `out`."""
+    plain, more = source / "gsm8k-train.jsonl", source / "gsm8k-sub-train.jsonl.gz"
+    rows = read_jsonl(plain)  # says so if it is no good
+    text = plain.read_text(encoding="utf-8")
+    whole = 3 * text + (gzip.open(more, "rt", encoding="utf-8").read() if more.exists() else "")
+    few = "".join(line + "\n" for line in text.splitlines()[:48])
+    write_text(out / "train.jsonl", few if smoke else whole)
+    write_text(out / "small.jsonl", few if smoke else text)
+    for name in TESTS:
+        read_jsonl(source / f"{name}.jsonl")
+        lines = (source / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
+        write_text(out / f"{name}.jsonl", "".join(line + "\n" for line in (lines[:4] if smoke else lines)))
+    print(f"{out}: {len(rows)} problems to train on" + (", their variants" if more.exists() and not smoke else "") + f", {len(TESTS)} files to test on")
+
+
+def train_variant(v: Variant, base: Path, out: Path, data: Path, how) -> Path:
+    """The run directory of a variant, trained in `out`; `how(stage)` are the flags of a stage."""
+    files = {"data": data / ("small.jsonl" if v.small else "train.jsonl"), "valid": data / "gsm8k-valid.jsonl"}
+    if not v.r:
+        call("train_sft.py", f"{SFT} {v.sft} {how('sft')}", model=base, out=out / "sft", **files)
+        return out / "sft"
+    steps = {step: out / step for step in ("encoder", "decoder", "joint", "cache", "latent")}
+    for step, flags in (("encoder", f"--compression {v.r} {v.phase1}"), ("decoder", ""), ("joint", "")):
+        origin = {"model": base} if step == "encoder" else {"init": steps["encoder" if step == "decoder" else "decoder"]}
+        call("train_phase1.py", f"--step {step} {flags} {PHASE1} {how(step)}", **origin, out=steps[step], **files)
+    device = how("device")
+    call("cache_latents.py", device, phase1=steps["joint"], data=files["data"], out=steps["cache"])
+    call("train_phase2.py", f"{PHASE2} {v.phase2} {how('phase2')}", phase1=steps["joint"], cache=steps["cache"], out=steps["latent"], **files)
+    return steps["latent"]
+
+
+def summaries(directory: Path) -> dict[str, dict]:
+    """{file or file.arm: summary} of an evaluation's directory."""
+    return {path.stem: read_json(path) for path in sorted(directory.glob("*.json")) if path.name != "settings.json"}
+
+
+def main():
+    p = parser(__doc__, seed=False)
+    p.add_argument("--model", help="checkpoint directory to start from")
+    p.add_argument("--data", help="directory of the data files")
+    p.add_argument("--out", required=True, help="directory of everything that is made")
+    p.add_argument("--minutes", type=at_least(1, float), default=60, help="of one H100 for the main variants and one seed")
+    p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN), help="what to train")
+    p.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="what to evaluate on; gsm8k-test always")
+    p.add_argument("--seeds", type=int, nargs="+", default=[1], help="all variants once for each")
+    p.add_argument("--smoke", action="store_true", help="two steps on a few rows, to see that everything runs")
+    p.add_argument("--report", action="store_true", help="only table and pictures, from results.json")
+    args = p.parse_args()
+    out, results = Path(args.out), Path(args.out) / "results.json"
+    if not args.report:
+        if not (args.model and args.data):
+            raise UserError("--model, --data: name the checkpoint directory and that of the data (or --report)")
+        train_all(args, out, results)
+    report(read_json(results), out)
+
+
+def train_all(args, out: Path, results: Path) -> None:
+    open_run(out, {"command": "reproduce", "model": str(Path(args.model).resolve()), "minutes": args.minutes, "smoke": args.smoke})
+    data, device = out / "data", f"--device {args.device}" if args.device else ""
+    if not (data / "gsm-hard-test.jsonl").exists():  # the last to be written
+        write_data(Path(args.data), data, args.smoke)
+    found = read_json(results) if results.exists() else {"runs": {}}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
+    found |= {"model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke, "device": gpu, "torch": torch.__version__,
+              "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
+              "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "eval": EVAL}}
+    for seed in args.seeds:
+        how = lambda stage: device if stage == "device" else \
+            f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {EPOCHS[stage] * args.minutes / 60:.4g} --row-tokens 16384")
+        home = out / f"seed{seed}"
+        names = [name for name in VARIANTS if name in args.variants]
+        if any(VARIANTS[name].r for name in names) and "CoT-SFT" not in names:
+            names.insert(0, "CoT-SFT")  # phase 1 starts there
+        for name in names:
+            v = VARIANTS[name]
+            print(f"\n{name}, seed {seed}", flush=True)
+            start = home / "CoT-SFT" / "sft" if v.r else Path(args.model)
+            run = train_variant(v, start, home / name, data, how)
+            flags = f"{EVAL} {device}" + (" --max-latents 8 --max-new-tokens 8 --batch-size 4" if args.smoke else "")
+            of = lambda test: data / f"{test}.jsonl"
+            call("eval.py", flags, model=run, data=[of(test) for test in TESTS if test in (*args.tests, "gsm8k-test")], out=home / name / "eval")
+            if v.r and v.ceiling:  # what the decoder of phase 1 and the student can do, given the encoder's latents
+                for stage in ("joint", "latent"):
+                    call("eval.py", f"{flags} --arms written", model=home / name / stage, data=of("gsm8k-valid"), out=home / name / f"eval-{stage}")
+            if v.arms:
+                call("eval.py", f"{flags} --arms {ARMS}", model=run, data=of("gsm8k-test"), out=home / name / "eval")
+            found["runs"].setdefault(name, {})[f"seed{seed}"] = summaries(home / name / "eval") | {
+                f"{stage}.{key}": s for stage in ("joint", "latent") for key, s in summaries(home / name / f"eval-{stage}").items()}
+            write_json(results, found)
+
+
+def report(found: dict, out: Path) -> None:
+    """table.md, length.svg and time.svg from results.json."""
+    tests = [t for t in TESTS if any(t in s for seeds in found["runs"].values() for s in seeds.values())]
+    lines = [f"{found['model']}, {found['device']}, " + ("SMOKE: two steps of everything" if found["smoke"] else f"a budget of {found['minutes']:g} minutes") + "\n",
+             "| | seed | " + " | ".join(f"{t} %" for t in tests) + " | #L, gsm8k-test | ms per problem | phase 1 on valid % |",
+             "| --- | --- |" + " --- |" * (len(tests) + 3)]
+    points = []
+    for name, seeds in found["runs"].items():
+        for seed, s in seeds.items():
+            test = s["gsm8k-test"]
+            cells = [f"{s[t]['accuracy']:.1f} ± {s[t]['interval']:.1f}" for t in tests]
+            ceiling = s.get("joint.gsm8k-valid.written")
+            lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + f" | {test['chain_length']:.1f} | "
+                         f"{1000 * test['seconds_per_problem']:.2f} | " + (f"{ceiling['accuracy']:.1f}" if ceiling else "") + " |")
+            points.append((name, test))
+    arms = [(name, seed, key.split(".", 1)[1], s[key]) for name, seeds in found["runs"].items() for seed, s in seeds.items()
+            for key in s if key.startswith("gsm8k-test.")]
+    if arms:
+        lines += ["", "| gsm8k-test | seed | arm | accuracy % | #L | answer tokens |", "| --- | --- | --- | --- | --- | --- |"]
+        lines += [f"| {name} | {seed.removeprefix('seed')} | {arm} | {s['accuracy']:.1f} ± {s['interval']:.1f} | {s['chain_length']:.1f} | "
+                  f"{s['answer_tokens']:.1f} |" for name, seed, arm, s in arms]
+    write_text(out / "table.md", table := "\n".join(lines) + "\n")
+    for file, key, scale, label in (("length.svg", "chain_length", 1, "chain length, tokens or latents"),
+                                    ("time.svg", "seconds_per_problem", 1000, "milliseconds per problem")):
+        draw_points(out / file, [(name, scale * s[key], s["accuracy"], s["interval"]) for name, s in points], label, "accuracy on gsm8k-test, %")
+    print(f"\n{table}\n{out}/results.json, {out}/table.md, {out}/length.svg, {out}/time.svg")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -136,22 +136,27 @@ class KVCache:
         `longest`: at least as many tokens as any row will then have. A GPU asks the rows themselves, block by block.
         """
         position = self.lengths.clone()
-        visible = self._blocks_up_to(position) if position.is_cuda else torch.arange(longest) <= position[:, None, None, None]
-        attend = fused(_append_and_attend, position)
+        attend = self._attend_blocks(position) if position.is_cuda else self._attend_all(position, longest)
         self.lengths += active
-        return lambda layer, q, k, v: attend(q, k, v, self.kv[layer], position, visible)
 
-    def _blocks_up_to(self, position) -> BlockMask:
-        return BlockMask.from_kv_blocks((position // BLOCK + 1).int()[:, None, None], self.blocks, BLOCK_SIZE=BLOCK,
+        def decode(layer, q, k, v):
+            fused(_append, position)(k, v, self.kv[layer], position)
+            # heads that share keys and values are so many queries at one position
+            return attend(q.unflatten(1, (k.shape[1], -1)), *self.kv[layer]).flatten(1, 2)
+        return decode
+
+    @staticmethod
+    def _attend_all(position, longest):
+        mask = torch.arange(longest, device=position.device) <= position[:, None, None, None]
+        return lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :longest], v[:, :, :longest], attn_mask=mask)
+
+    def _attend_blocks(self, position):
+        mask = BlockMask.from_kv_blocks((position // BLOCK + 1).int()[:, None, None], self.blocks, BLOCK_SIZE=BLOCK,
                                         mask_mod=lambda b, h, q, k: k <= position[b], seq_lengths=(self.group, self.kv.shape[-2]),
                                         compute_q_blocks=False)
+        return lambda q, k, v: fused(flex_attention, q)(q, k, v, block_mask=mask)
 
 
-def _append_and_attend(q, k, v, kv, position, visible):
-    """One token of each row: its k and v go into kv [2, rows, kv_heads, length, head_dim] at `position` [rows]; then q looks at what
-    is `visible` there, a BlockMask or a bool mask of the first columns."""
+def _append(k, v, kv, position):
+    """Puts k and v [rows, kv_heads, head_dim] into kv [2, rows, kv_heads, length, head_dim] at `position` [rows]."""
     kv[:, torch.arange(len(position), device=position.device), :, position] = torch.stack((k, v), 1)
-    q = q.unflatten(1, (k.shape[1], -1))  # heads that share keys and values are so many queries at one position
-    if isinstance(visible, BlockMask):
-        return flex_attention(q, *kv, block_mask=visible).flatten(1, 2)
-    return F.scaled_dot_product_attention(q, *kv[:, :, :, :visible.shape[-1]], attn_mask=visible).flatten(1, 2)

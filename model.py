@@ -62,6 +62,12 @@ def rotary_frequencies(config: Config) -> torch.Tensor:
     return freqs
 
 
+def rotary_angles(position_ids: torch.Tensor, frequencies: torch.Tensor, dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin of every token's angles, each [T, 1, head_dim / 2]."""
+    angles = position_ids[:, None, None].float() * frequencies
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding of x [T, heads, head_dim]; channel i pairs with i + head_dim / 2, as in Hugging Face's weights."""
     x1, x2 = x.chunk(2, dim=-1)
@@ -159,15 +165,14 @@ class Model(nn.Module):
         `adapter` names the LoRA adapter to use, None the base alone. Logits are `hidden_states @ model.head.T`, to be
         taken only at the positions where they are needed. All is computed in the dtype of `inputs_embeds`.
         """
-        angles = position_ids[:, None, None].float() * self.rope_frequencies  # [T, 1, head_dim / 2]
-        rope = angles.cos().to(inputs_embeds.dtype), angles.sin().to(inputs_embeds.dtype)
         x = inputs_embeds
+        rope = fused(rotary_angles, x)(position_ids, self.rope_frequencies, x.dtype)
         for layer in self.layers:
             if self.checkpoint_activations and torch.is_grad_enabled():
                 x = checkpoint(layer, x, rope, attend, adapter, use_reentrant=False)
             else:
                 x = layer(x, rope, attend, adapter)
-        return self.norm(x)
+        return fused(RMSNorm.forward, x)(self.norm, x)
 
     @torch.no_grad()
     def initialize(self, generator: torch.Generator, std: float = 0.02) -> "Model":

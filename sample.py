@@ -139,7 +139,7 @@ class Sampler:
         self.end_think = torch.tensor(end_think, device=self.device)
         self.stop = self.end_think[0] if settings.latents != "given" else self.end_think.new_tensor(-1)  # ends thinking
         self.shown = settings.top_k if settings.top_k > 0 else min(SHOWN, model.config.vocab_size)
-        self.steps = 8 if self.device.type == "cuda" else 1  # between two looks at who has finished: a look waits for the GPU
+        self.steps = 16 if self.device.type == "cuda" else 1  # between two looks at who has finished: a look waits for the GPU
         self.room = None
 
     @torch.no_grad()
@@ -173,7 +173,7 @@ class Sampler:
                     state[1] += 1
             active = self.state.active.tolist()
             finished = [row for row in running if not active[row]]
-            for row, result in zip(finished, self._results(finished)):
+            for row, result in zip(finished, self._results(finished)) if finished else ():
                 i, _ = running.pop(row)
                 results[i] = result
                 progress(i, result)
@@ -241,7 +241,7 @@ class Sampler:
         probs, ids = self._intervene(probs, ids)
         inputs_embeds = fused(_turn, sampled)(state, likeliest, sampled, probs, ids, self.hidden if hidden else None,
                                               self.model.embed_tokens.weight, self.stop, self.end_think, self.end_of_turn)
-        position_ids = self.cache.lengths.clone()
+        position_ids = self.cache.lengths.clone()  # decode moves on from there
         self.hidden.copy_(self.model(inputs_embeds, position_ids, self.cache.decode(state.active, longest)))
 
     def _intervene(self, probs, ids):

@@ -1,0 +1,37 @@
+"""The smoke mode of reproduce.py on a small random model: every stage runs, and the report is made of what was measured."""
+
+import json
+
+import reproduce
+
+
+def test_smoke(command, checkpoint, data, tmp_path):
+    source, out = tmp_path / "data", tmp_path / "out"
+    source.mkdir()
+    for name in ("gsm8k-train", *reproduce.TESTS):
+        (source / f"{name}.jsonl").write_text(data.read_text())
+    arguments = ["--model", checkpoint(), "--data", source, "--out", out, "--smoke", "--device", "cpu", "--tests", "gsm8k-valid"]
+    code, _, error = command(reproduce.main, *arguments, "--variants", "Latent-r2")  # CoT-SFT comes with it
+    assert code == 0, error
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["runs"]) == {"CoT-SFT", "Latent-r2"} and results["smoke"] and results["device"] == "CPU"
+    latent = results["runs"]["Latent-r2"]["seed1"]
+    assert {"gsm8k-valid", "gsm8k-test", "gsm8k-test.floor", "gsm8k-test.cut-4", "joint.gsm8k-valid.written",
+            "latent.gsm8k-valid.written"} <= set(latent)
+    assert latent["gsm8k-test.cut-4"]["chain_length"] <= 4 and latent["gsm8k-test.floor"]["chain_length"] == 0
+    table = (out / "table.md").read_text()
+    assert f"| Latent-r2 | 1 | {latent['gsm8k-valid']['accuracy']:.1f}" in table and "SMOKE" in table
+    results["runs"]["Latent-r2"]["seed1"]["gsm8k-valid"]["accuracy"] = 12.3
+    (out / "results.json").write_text(json.dumps(results))
+    assert command(reproduce.main, "--out", out, "--report")[0] == 0
+    assert "| Latent-r2 | 1 | 12.3" in (out / "table.md").read_text()
+    assert all((out / name).read_text().startswith("<svg") for name in ("length.svg", "time.svg"))
+
+
+def test_what_is_missing_is_said(command, checkpoint, tmp_path):
+    code, _, error = command(reproduce.main, "--out", tmp_path / "out", "--model", checkpoint())
+    assert code == 1 and "--model, --data: name" in error
+    code, _, error = command(reproduce.main, "--out", tmp_path / "out", "--model", checkpoint(), "--data", tmp_path)
+    assert code == 1 and "gsm8k-train.jsonl: no such file" in error
+    code, _, error = command(reproduce.main, "--out", tmp_path / "nothing", "--report")
+    assert code == 1 and "results.json: no such file" in error

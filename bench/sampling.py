@@ -11,7 +11,6 @@ Then what shorter chains are worth: the time in which a chain of --chain tokens 
 2 and by 4; reading the problem and the token after the chain are measured alone and taken off.
 """
 
-import argparse
 from pathlib import Path
 import sys
 import time
@@ -26,7 +25,7 @@ from data import read_jsonl  # noqa: E402
 from latents import largest  # noqa: E402
 from load_hf_weights import base_dtype, hf_name, read_config  # noqa: E402
 from sample import Sampler, Sampling  # noqa: E402
-from training import SHAPES, base_model, shape_of, timed, tokenizer_of  # noqa: E402
+from training import base_model, parser, shape_of, timed, tokenizer_of  # noqa: E402
 
 
 @torch.no_grad()
@@ -63,11 +62,7 @@ def bandwidth(device) -> float:
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", required=True)
-    p.add_argument("--data", required=True)
-    p.add_argument("--shape", choices=SHAPES)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p = parser(__doc__)
     p.add_argument("--problems", type=int, default=32)
     p.add_argument("--batch-size", type=int, default=32)
     p.add_argument("--one-by-one", type=int, default=8, help="problems for the loop that takes one at a time")

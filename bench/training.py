@@ -229,12 +229,17 @@ def tokenizer_of(args) -> Tokenizer:
     return Tokenizer(args.model, json.loads((Path(args.model) / "config.json").read_text())["model_type"])
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser(description: str) -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
     p.add_argument("--shape", choices=SHAPES)
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return p
+
+
+def main():
+    p = parser(__doc__)
     p.add_argument("--phase", type=int, nargs="+", default=[1, 2])
     p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--reference-batch-size", type=int, nargs="*", help="none: ours alone; default: --batch-size")

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from attention import KVCache  # noqa: E402
 from data import read_jsonl  # noqa: E402
 from latents import largest  # noqa: E402
-from load_hf_weights import base_dtype, hf_name, read_config  # noqa: E402
+from load_hf_weights import hf_name, read_config  # noqa: E402
 from sample import Sampler, Sampling  # noqa: E402
 from training import base_model, parser, shape_of, timed, tokenizer_of  # noqa: E402
 
@@ -74,24 +74,33 @@ def main():
     device = torch.device(args.device)
     tokenizer = tokenizer_of(args)
     prompts = [tokenizer.prompt(row["problem"]) for row in read_jsonl(args.data)[:args.problems]]
-    with shape_of(args) as shape:
-        args.config = read_config(shape)
-        model = base_model(args, device)
-        with device:
-            hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(shape), dtype=base_dtype(device)).eval()
-    hf.load_state_dict({hf_name(n): p for n, p in model.named_parameters()}, strict=False)
-    never, end = -1, args.config.vocab_size - 1  # an end of turn that does not come, an end of thinking that nobody chooses
     few = prompts[:args.one_by_one]
-    sampler = lambda settings, size: Sampler(model, [end], never, settings, size)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{name}, torch {torch.__version__}, {args.shape or args.model}, {args.latents} latents and {args.answer} answer tokens")
+    with shape_of(args) as args.directory:
+        args.config = read_config(args.directory)
+        model = base_model(args, device)
+        end = args.config.vocab_size - 1  # of thinking: nobody chooses it, and no end of turn comes
+        sampler = lambda settings, size: Sampler(model, [end], -1, settings, size)
+        beside_transformers(sampler, model, prompts, few, end, args)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    bandwidth_share(sampler, model, few[0], args)
+    for batch, size in ((few[:1], 1), (prompts, args.batch_size)):
+        shorter_chains(sampler, batch, size, args)
+
+
+def beside_transformers(sampler, model, prompts, few, end: int, args) -> None:
+    """Prints the problems per second of ours and of the references, and how many thoughts and answers agree."""
+    with model.embed_tokens.weight.device:
+        hf = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.directory), dtype=model.embed_tokens.weight.dtype).eval()
+    hf.load_state_dict({hf_name(n): p for n, p in model.named_parameters()}, strict=False)
     work = Sampling("latent", args.top_k, args.latents, args.answer, temperature=0)
     many, single = sampler(work, args.batch_size), sampler(work, 1)
     ours = lambda sampler, batch: [(r.ids[:, 0].tolist(), r.tokens) for r in sampler.generate(batch)]
     theirs = lambda batch: reference(hf, batch, args.top_k, args.latents, end, args.answer)
     batched = lambda: [x for i in range(0, len(prompts), args.batch_size) for x in theirs(prompts[i:i + args.batch_size])]
     one_by_one = lambda step: [x for prompt in few for x in step([prompt])]
-
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, {args.shape or args.model}, {args.latents} latents and {args.answer} answer tokens")
     first = None
     for what, count, run, warm_up in (
             (f"ours, {args.batch_size} at a time", len(prompts), lambda: ours(many, prompts), lambda: ours(many, prompts)),
@@ -107,20 +116,23 @@ def main():
         print(f"{what}: {count} problems in {seconds:.2f} s, {count / seconds:.2f} problems/s, {1000 * seconds / count:.1f} ms each, "
               f"{agree:.0%} as ours", flush=True)
 
-    del hf, many, single, ours, theirs, batched, one_by_one, run, warm_up  # and the memory that they hold
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    rate, steps = bandwidth(device), args.chain
-    seconds = thinking(sampler, "latent", steps, few[:1], 1, args)
+
+def bandwidth_share(sampler, model, prompt, args) -> None:
+    """Prints how near a single row's step comes to reading weights and cache once."""
+    E, steps = model.embed_tokens.weight, args.chain
+    rate = bandwidth(E.device)
+    seconds = thinking(sampler, "latent", steps, [prompt], 1, args)
     weights = sum(p.nbytes for n, p in model.named_parameters() if model.lm_head is None or "embed" not in n)
-    cache = KVCache.bytes_per_row(args.config, len(few[0]) + steps // 2, base_dtype(device))
-    floor = (weights + cache) / rate
-    print(f"one at a time, {1000 * seconds / steps:.2f} ms a latent; {floor * steps / seconds:.0%} of the floor: {weights / 2**30:.2f} GiB of "
-          f"weights and {cache / 2**30:.2f} of cache, at the {rate / 1e12:.2f} TB/s of a copy", flush=True)
-    for batch, size in ((few[:1], 1), (prompts, args.batch_size)):
-        text, *latent = (thinking(sampler, mode, args.chain // r, batch, size, args) for mode, r in (("text", 1), ("latent", 2), ("latent", 4)))
-        print(f"{len(batch)} problems, {size} at a time: {text / len(batch):.4f} s each for {args.chain} tokens of chain, "
-              + ", ".join(f"{s / len(batch):.4f} for {args.chain // r} latents ({text / s:.2f} times less)" for r, s in zip((2, 4), latent)), flush=True)
+    cache = KVCache.bytes_per_row(args.config, len(prompt) + steps // 2, E.dtype)
+    print(f"one at a time, {1000 * seconds / steps:.2f} ms a latent; {(weights + cache) / rate * steps / seconds:.0%} of the floor: "
+          f"{weights / 2**30:.2f} GiB of weights and {cache / 2**30:.2f} of cache, at the {rate / 1e12:.2f} TB/s of a copy", flush=True)
+
+
+def shorter_chains(sampler, batch, size: int, args) -> None:
+    """Prints what a chain of --chain tokens takes, and half and a quarter as many latents."""
+    text, *latent = (thinking(sampler, mode, args.chain // r, batch, size, args) for mode, r in (("text", 1), ("latent", 2), ("latent", 4)))
+    print(f"{len(batch)} problems, {size} at a time: {1000 * text / len(batch):.2f} ms each for {args.chain} tokens of chain, " + ", ".join(
+        f"{1000 * s / len(batch):.2f} for {args.chain // r} latents ({text / s:.2f} times less)" for r, s in zip((2, 4), latent)), flush=True)
 
 
 def thinking(sampler, mode: str, steps: int, prompts, size: int, args) -> float:

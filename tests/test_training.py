@@ -85,7 +85,7 @@ def phase2_task(directory, examples, r=2, k=3, noise=0.0):
         alpha = torch.randn(data_module.num_latents(e, r), model.config.vocab_size).softmax(-1)
         probs, ids = (alpha, None) if k == 0 else alpha.topk(k)
         with_latents.append(LatentExample(**vars(e), probs=probs, ids=ids))
-    return Phase2(model, r, 0.7, 1.3, noise, end_think=examples[0].end_think[0]), with_latents
+    return Phase2(model, r, k, 0.7, 1.3, noise, end_think=examples[0].end_think[0]), with_latents
 
 
 @pytest.mark.parametrize("kind,tied,r,k", [("llama", True, 2, 3), ("qwen2", False, 3, 0), ("qwen3", True, 1, 10), ("llama", False, 100, 1)])

@@ -66,7 +66,7 @@ def arm(text: str) -> str:
 def settings_of(name: str, settings: Sampling) -> Sampling:
     """The settings with which an arm is sampled."""
     if name.startswith("cut-"):
-        return replace(settings, max_latents=int(name[4:]))
+        return replace(settings, max_latents=min(int(name[4:]), settings.max_latents))
     changes = {"free": {}, "forced": {"forced": True}, "floor": {"forced": True, "thinking": "none"}, "other": {"latents": "given"},
                "written": {"latents": "given"}}
     return replace(settings, **changes.get(name, {"latents": name}))
@@ -187,10 +187,14 @@ def sampled(model, tokenizer, problems, args, settings, path: Path, rank: int, w
     return everything.results, everything.seconds
 
 
+def phase1_of(run: str) -> str:
+    """The phase 1 run that a run of phase 2 comes from, or `run` itself."""
+    return read_json(Path(run) / "config.json").get("phase1", run)
+
+
 def written_latents(run: str, problems: list[Problem], tokenizer: Tokenizer, device) -> list[tuple]:
     """The latents (probs, ids) that the encoder of phase 1 makes of the problems' written chains; `run`: of either phase."""
-    config = read_json(Path(run) / "config.json")
-    phase1 = config.get("phase1", run)
+    phase1 = phase1_of(run)
     config = finished_run(phase1, "train_phase1")
     encoder = load_encoder(phase1, load_model(config["model"], device, base_dtype(device))[0]).to(device).eval()
     examples = [Example(tokenizer.prompt(p.text), tokenizer.encode(p.chain), tokenizer.end_think, []) for p in problems]
@@ -258,8 +262,12 @@ def main():
     for which in args.arms:
         if settings_of(which, settings).thinking != "latent" and which not in ("free", "floor"):
             raise UserError(f"--arms {which}: is for thinking in latents, and this model's thinking is {settings.thinking}")
-        if which == "written" and any(p.chain is None for problems in problems_of.values() for p in problems):
-            raise UserError("--arms written: a problem without a written chain; give files in the training schema")
+        if which == "written":
+            if not all(p.chain and p.chain.strip() for problems in problems_of.values() for p in problems):
+                raise UserError("--arms written: a problem without a written chain; give files in the training schema")
+            before = read_json(Path(phase1_of(args.model)) / "config.json")
+            if before.get("command") != "train_phase1" or before["top_k"] != settings.top_k:
+                raise UserError(f"--arms written: {args.model} is no run of train_phase1.py or train_phase2.py with --top-k {settings.top_k}")
         if which == "other" and min(map(len, problems_of.values())) < 2:
             raise UserError("--arms other: needs at least two problems in a file")
 
@@ -274,7 +282,7 @@ def main():
             if made_with["files"][name] != value:
                 raise UserError(f"{files[name]}: has changed since {out} was begun; choose another --out")
         for key, value in made_with.items():
-            if key != "files" and found.get(key) != value:
+            if key not in ("files", "model") and found.get(key) != value:  # the model's weights are compared
                 raise UserError(f"{path}: is of another evaluation ({key} is {found.get(key)!r} there, {value!r} here); "
                                 "choose another --out")
         write_json(path, made_with)

@@ -6,10 +6,11 @@
 
 DIR holds gsm8k-train.jsonl, gsm8k-valid.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
 done by the project's own scripts; what is finished is not done again. --minutes are those of one H100 for the MAIN variants and one seed,
-and scale the epochs. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
+and scale the epochs; time per problem counts all that an evaluation does, a GPU's compilation too. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
 """
 
 from dataclasses import dataclass
+from functools import partial
 import gzip
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import torch
 
 from data import read_jsonl
 from figures import draw_points
-from runs import UserError, at_least, call, open_run, parser, read_json, run_main, write_json, write_text
+from runs import UserError, at_least, call, file_hash, open_run, parser, read_json, run_main, write_json, write_text
 
 TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
 EPOCHS = {"sft": 4.0, "encoder": 0.5, "decoder": 0.5, "joint": 2.0, "phase2": 8.0}  # in 60 minutes
@@ -66,20 +67,20 @@ MAIN = ("answer-only", "CoT-SFT", "Latent-r2", "Latent-r4")
 def write_data(source: Path, out: Path, smoke: bool) -> None:
     """train.jsonl (gsm8k-train three times and gsm8k-sub-train), small.jsonl (the former alone) and the evaluation files, in `out`."""
     plain, more = source / "gsm8k-train.jsonl", source / "gsm8k-sub-train.jsonl.gz"
-    rows = read_jsonl(plain)  # says so if it is no good
-    text = plain.read_text(encoding="utf-8")
-    whole = 3 * text + (gzip.open(more, "rt", encoding="utf-8").read() if more.exists() else "")
-    few = "".join(line + "\n" for line in text.splitlines()[:48])
+    def lines_of(path: Path, count: int | None = None) -> str:
+        read_jsonl(path)  # says so if it is no good
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+            lines = [line for line in f.read().split("\n") if line.strip()]
+        return "".join(line + "\n" for line in lines[:count])
+    text, few = lines_of(plain), lines_of(plain, 48)
+    whole = 3 * text + (lines_of(more) if more.exists() else "")
     write_text(out / "train.jsonl", few if smoke else whole)
     write_text(out / "small.jsonl", few if smoke else text)
     for name in TESTS:
-        read_jsonl(source / f"{name}.jsonl")
-        lines = (source / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
-        write_text(out / f"{name}.jsonl", "".join(line + "\n" for line in (lines[:4] if smoke else lines)))
-    print(f"{out}: {len(rows)} problems to train on" + (", their variants" if more.exists() and not smoke else "") + f", {len(TESTS)} files to test on")
+        write_text(out / f"{name}.jsonl", lines_of(source / f"{name}.jsonl", 4 if smoke else None))
 
 
-def train_variant(v: Variant, base: Path, out: Path, data: Path, how) -> Path:
+def train_variant(v: Variant, base: Path, out: Path, data: Path, device: str, how) -> Path:
     """The run directory of a variant, trained in `out`; `how(stage)` are the flags of a stage."""
     files = {"data": data / ("small.jsonl" if v.small else "train.jsonl"), "valid": data / "gsm8k-valid.jsonl"}
     if not v.r:
@@ -89,7 +90,6 @@ def train_variant(v: Variant, base: Path, out: Path, data: Path, how) -> Path:
     for step, flags in (("encoder", f"--compression {v.r} {v.phase1}"), ("decoder", ""), ("joint", "")):
         origin = {"model": base} if step == "encoder" else {"init": steps["encoder" if step == "decoder" else "decoder"]}
         call("train_phase1.py", f"--step {step} {flags} {PHASE1} {how(step)}", **origin, out=steps[step], **files)
-    device = how("device")
     call("cache_latents.py", device, phase1=steps["joint"], data=files["data"], out=steps["cache"])
     call("train_phase2.py", f"{PHASE2} {v.phase2} {how('phase2')}", phase1=steps["joint"], cache=steps["cache"], out=steps["latent"], **files)
     return steps["latent"]
@@ -121,18 +121,22 @@ def main():
 
 
 def train_all(args, out: Path, results: Path) -> None:
-    open_run(out, {"command": "reproduce", "model": str(Path(args.model).resolve()), "minutes": args.minutes, "smoke": args.smoke})
+    source = Path(args.data)
+    files = [source / "gsm8k-train.jsonl", *filter(Path.exists, [source / "gsm8k-sub-train.jsonl.gz"]), *(source / f"{t}.jsonl" for t in TESTS)]
+    open_run(out, {"command": "reproduce", "model": str(Path(args.model).resolve()), "minutes": args.minutes, "smoke": args.smoke,
+                   "data_hash": file_hash(*files)})
     data, device = out / "data", f"--device {args.device}" if args.device else ""
     if not (data / "gsm-hard-test.jsonl").exists():  # the last to be written
-        write_data(Path(args.data), data, args.smoke)
+        write_data(source, data, args.smoke)
+    small, whole = (sum(1 for _ in open(data / f"{name}.jsonl", encoding="utf-8")) for name in ("small", "train"))
     found = read_json(results) if results.exists() else {"runs": {}}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
-    found |= {"model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke, "device": gpu, "torch": torch.__version__,
-              "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
+    found |= {"model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke, "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
               "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "eval": EVAL}}
     for seed in args.seeds:
-        how = lambda stage: device if stage == "device" else \
-            f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {EPOCHS[stage] * args.minutes / 60:.4g} --row-tokens 16384")
+        def how(stage, v):
+            epochs = EPOCHS.get(stage, 0) * args.minutes / 60 * (whole / small if v.small else 1)  # as many steps on little data
+            return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} --row-tokens 16384")
         home = out / f"seed{seed}"
         names = [name for name in VARIANTS if name in args.variants]
         if any(VARIANTS[name].r for name in names) and "CoT-SFT" not in names:
@@ -141,7 +145,7 @@ def train_all(args, out: Path, results: Path) -> None:
             v = VARIANTS[name]
             print(f"\n{name}, seed {seed}", flush=True)
             start = home / "CoT-SFT" / "sft" if v.r else Path(args.model)
-            run = train_variant(v, start, home / name, data, how)
+            run = train_variant(v, start, home / name, data, device, partial(how, v=v))
             flags = f"{EVAL} {device}" + (" --max-latents 8 --max-new-tokens 8 --batch-size 4" if args.smoke else "")
             of = lambda test: data / f"{test}.jsonl"
             call("eval.py", flags, model=run, data=[of(test) for test in TESTS if test in (*args.tests, "gsm8k-test")], out=home / name / "eval")
@@ -151,24 +155,25 @@ def train_all(args, out: Path, results: Path) -> None:
             if v.arms:
                 call("eval.py", f"{flags} --arms {ARMS}", model=run, data=of("gsm8k-test"), out=home / name / "eval")
             found["runs"].setdefault(name, {})[f"seed{seed}"] = summaries(home / name / "eval") | {
-                f"{stage}.{key}": s for stage in ("joint", "latent") for key, s in summaries(home / name / f"eval-{stage}").items()}
+                f"{stage}.{key}": s for stage in ("joint", "latent") for key, s in summaries(home / name / f"eval-{stage}").items()} | {
+                "made": {"device": gpu, "torch": torch.__version__}}
             write_json(results, found)
 
 
 def report(found: dict, out: Path) -> None:
     """table.md, length.svg and time.svg from results.json."""
     tests = [t for t in TESTS if any(t in s for seeds in found["runs"].values() for s in seeds.values())]
-    lines = [f"{found['model']}, {found['device']}, " + ("SMOKE: two steps of everything" if found["smoke"] else f"a budget of {found['minutes']:g} minutes") + "\n",
-             "| | seed | " + " | ".join(f"{t} %" for t in tests) + " | #L, gsm8k-test | ms per problem | phase 1 on valid % |",
-             "| --- | --- |" + " --- |" * (len(tests) + 3)]
+    lines = [f"{found['model']}, " + ("SMOKE: two steps of everything" if found["smoke"] else f"a budget of {found['minutes']:g} minutes") + "\n",
+             "| | seed | " + " | ".join(f"{t} %" for t in tests) + " | #L, gsm8k-test | ms per problem | phase 1 on valid % | student, its latents | on |",
+             "| --- | --- |" + " --- |" * (len(tests) + 5)]
     points = []
     for name, seeds in found["runs"].items():
         for seed, s in seeds.items():
             test = s["gsm8k-test"]
-            cells = [f"{s[t]['accuracy']:.1f} ± {s[t]['interval']:.1f}" for t in tests]
-            ceiling = s.get("joint.gsm8k-valid.written")
+            cells = [f"{s[t]['accuracy']:.1f} ± {s[t]['interval']:.1f}" if t in s else "" for t in tests]
+            ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("joint.gsm8k-valid.written", "latent.gsm8k-valid.written")]
             lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + f" | {test['chain_length']:.1f} | "
-                         f"{1000 * test['seconds_per_problem']:.2f} | " + (f"{ceiling['accuracy']:.1f}" if ceiling else "") + " |")
+                         f"{1000 * test['seconds_per_problem']:.2f} | " + " | ".join(ceilings) + f" | {s['made']['device']} |")
             points.append((name, test))
     arms = [(name, seed, key.split(".", 1)[1], s[key]) for name, seeds in found["runs"].items() for seed, s in seeds.items()
             for key in s if key.startswith("gsm8k-test.")]

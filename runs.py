@@ -243,13 +243,15 @@ def finished_run(path: str | Path, command: str) -> dict:
 
 def call(script: str, settings: str, **paths) -> None:
     """Runs another script of this program with the flags `settings` and --key value for each of `paths` (a value may be a list); ends
-    this one, with its exit code, if it fails. Ctrl-C reaches it too: it saves what it has."""
+    this one, with its exit code, if it fails. Ctrl-C reaches it too, and SIGTERM is passed on: it saves what it has."""
     flags = [str(x) for key, value in paths.items() for x in ("--" + key, *(value if isinstance(value, list) else [value]))]
     process = subprocess.Popen([sys.executable, Path(__file__).parent / script, *flags, *settings.split()])
+    old = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
     try:
         code = process.wait()
     except KeyboardInterrupt:
         code = process.wait() or 130
+    signal.signal(signal.SIGTERM, old)
     if code:
         sys.exit(code)
 

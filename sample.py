@@ -151,6 +151,8 @@ class Sampler:
         it runs in. `given`: the latents (probs [n, k], ids [n, k]) of each prompt, where the settings ask for it.
         `watch(i, result)` is called with the unfinished results, again and again.
         """
+        if not prompts:
+            return []
         s, results, numbers = self.settings, [None] * len(prompts), range(len(prompts)) if numbers is None else numbers
         thoughts = max(len(ids) for _, ids in given) if s.latents == "given" else s.max_latents if s.thinking == "latent" else 0
         self._make_room(len(prompts), max(map(len, prompts)), thoughts)
@@ -247,6 +249,8 @@ class Sampler:
     def _intervene(self, probs, ids):
         """(probs, ids) of what each row is to think, given its own."""
         s, at = self.settings, self.state.latent_at()
+        if probs is None:  # nobody thinks
+            return probs, ids
         if s.latents == "given":
             return self.other_probs[at], self.other_ids[at]
         if s.noise:

@@ -100,13 +100,19 @@ def main():
     p.add_argument("--noise", type=at_least(0, float), default=0.0, help="scale of Gumbel noise on the latents; 0: none")
     p.add_argument("--noise-temperature", type=at_least(0.01, float), default=1.0, help="temperature of the noisy softmax")
     add_training_arguments(p, lr=3e-4, epochs=50)
+    p.set_defaults(lora_rank=None, lora_dropout=None)  # 64 and 0.1, unless all weights learn
     args = p.parse_args()
     args.command = "train_phase2"
     before = finished_run(args.phase1, "train_phase1")
-    args.compression = args.compression or before["compression"]
-    args.top_k = before["top_k"] if args.top_k is None else args.top_k
-
+    for key in ("compression", "top_k"):
+        if getattr(args, key) not in (None, before[key]):
+            raise UserError(f"{args.phase1}: was trained with {key} {before[key]}, not {getattr(args, key)}; leave --{key.replace('_', '-')} out")
+        setattr(args, key, before[key])
     args.phase1 = str(Path(args.phase1).resolve())
+    if args.all_weights and (args.lora_rank or args.lora_dropout is not None):
+        raise UserError("--all-weights: there is no adapter; leave --lora-rank and --lora-dropout out")
+    if not args.all_weights:
+        args.lora_rank, args.lora_dropout = args.lora_rank or 64, 0.1 if args.lora_dropout is None else args.lora_dropout
     if args.all_weights and args.shard:
         raise UserError("--all-weights: every rank needs all weights; leave --shard out")
     if args.noise and args.top_k == latents.HIDDEN:

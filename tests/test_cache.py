@@ -59,8 +59,9 @@ def test_phase2_refuses_what_does_not_fit(command, checkpoint, data, run, tmp_pa
     other_run = phase1(command, checkpoint, data, tmp_path / "other", "--seed", 2)
     other_base = phase1(command, lambda: checkpoint("qwen3", True), data, tmp_path / "base")
     for arguments, words in (
-            (phase2_arguments(run, data, cache, out, "--compression", 3), "compression is 2 in the cache and 3 here"),
-            (phase2_arguments(run, data, cache, out, "--top-k", 4), "top_k is 3 in the cache and 4 here"),
+            (phase2_arguments(run, data, cache, out, "--compression", 3), "was trained with compression 2, not 3"),
+            (phase2_arguments(run, data, cache, out, "--top-k", 4), "was trained with top_k 3, not 4"),
+            (phase2_arguments(run, data, cache, out, "--all-weights"), "there is no adapter"),
             (phase2_arguments(run, other_data, cache, out), "data is"),
             (phase2_arguments(run, shorter, cache, out), "count is 40 in the cache and 30 here"),
             (phase2_arguments(other_run, data, cache, out), "model is"),

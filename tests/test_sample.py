@@ -55,6 +55,15 @@ def test_greedy_equals_one_by_one(pair, k):
         assert r.tokens + [eos] * r.finished == answer
 
 
+def test_nothing_to_do(pair):
+    """No prompts; and settings for thinking where nobody thinks."""
+    model, _ = pair
+    assert Sampler(model, [9], 262, Sampling(), 4).generate([]) == []
+    plain = Sampling("none", 3, max_new_tokens=5, temperature=0)
+    results = [Sampler(model, [9], 262, s, 4).generate(prompts(3)) for s in (plain, replace(plain, noise=1.0))]
+    assert [r.tokens for r in results[0]] == [r.tokens for r in results[1]]
+
+
 def test_zero_latents(pair):
     """A budget of zero, the mode "none", and rows whose first arg-max is </think> are one and the same."""
     model, hf = pair

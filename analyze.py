@@ -26,7 +26,7 @@ from masks import causal
 from model import Model
 from runs import UserError, at_least, finished_run, is_free, parser, run_main, start, write_json, write_text
 from sample import Sampling, generate
-from train_phase1 import Encoder, load_encoder
+from train_phase1 import Encoder, finished_encoder
 
 TOP = 100  # tokens of a latent's distribution that count
 DRAWS = 64  # random matchings that N_eff is compared with
@@ -118,14 +118,13 @@ def main():
     args = p.parse_args()
     _, _, device = start(args.device)
     run, out = finished_run(args.model, "train_phase2"), Path(args.out)
-    before = finished_run(run["phase1"], "train_phase1")
     if run["top_k"] <= 0:
         raise UserError(f"{args.model}: was trained with top-k {run['top_k']}; N_eff is for superpositions of a few tokens")
     if not is_free(out):
         raise UserError(f"{out}: is there already and not empty; choose another --out")
     solutions = load_solutions(args.data)[:args.problems]
     model, tokenizer, _ = load_model(args.model, device, base_dtype(device))
-    encoder = load_encoder(run["phase1"], load_model(before["model"], device, base_dtype(device))[0]).to(device).eval()
+    encoder = finished_encoder(run["phase1"], device)
     settings = Sampling("latent", run["top_k"], args.max_latents, 64, temperature=0, seed=args.seed)
     results = generate(model, tokenizer, [problem.text for problem, _ in solutions], settings, args.batch_size)
     rng, lines = np.random.default_rng(args.seed), []

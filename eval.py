@@ -32,7 +32,7 @@ from load_hf_weights import base_dtype, fingerprint, load_model
 from runs import UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, run_main, start, write_json, write_text
 from sample import OPENING, Result, Sampling, add_sampling_arguments, generate, sampling
 from tokenizer import Tokenizer
-from train_phase1 import load_encoder
+from train_phase1 import finished_encoder
 
 ARMS = ("free", "forced", "floor", "random", "other", "argmax", "written")
 
@@ -196,9 +196,8 @@ def written_latents(run: str, problems: list[Problem], tokenizer: Tokenizer, dev
     """The latents (probs, ids) that the encoder of phase 1 makes of the problems' written chains; `run`: of either phase."""
     phase1 = phase1_of(run)
     config = finished_run(phase1, "train_phase1")
-    encoder = load_encoder(phase1, load_model(config["model"], device, base_dtype(device))[0]).to(device).eval()
     examples = [Example(tokenizer.prompt(p.text), tokenizer.encode(p.chain), tokenizer.end_think, []) for p in problems]
-    return [(probs.float(), ids.long()) for probs, ids in encode(encoder, examples, config["compression"], config["top_k"], 8192, device)]
+    return [(probs.float(), ids.long()) for probs, ids in encode(finished_encoder(phase1, device), examples, config["compression"], config["top_k"], 8192, device)]
 
 
 def evaluate(model, tokenizer, problems, args, free: Sampling, name: str, r: int, path: Path, made_with: dict, rank, world) -> dict:

@@ -196,8 +196,10 @@ class Sampler:
         zeros = lambda *shape, dtype=torch.long: torch.zeros(B, *shape, dtype=dtype, device=self.device)
         self.state = State(zeros(dtype=torch.bool), zeros(dtype=torch.bool), zeros(), zeros(), zeros(), zeros(),
                            zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k), zeros(s.max_new_tokens))
-        self.uniform, self.gumbel = zeros(s.max_new_tokens, dtype=torch.float32), zeros(thoughts + 1, k, dtype=torch.float32)
-        self.other_probs, self.other_ids = zeros(thoughts + 1, k, dtype=torch.float32), zeros(thoughts + 1, k)
+        self.uniform = zeros(s.max_new_tokens, dtype=torch.float32)
+        self.gumbel = zeros(thoughts + 1, k, dtype=torch.float32) if s.noise else None
+        self.other_probs = zeros(thoughts + 1, k, dtype=torch.float32) if s.latents == "given" else None
+        self.other_ids = zeros(thoughts + 1, k) if s.latents in ("given", "random") else None
         self.hidden = zeros(config.hidden_size, dtype=dtype)
         self.step = self._step
         if self.device.type == "cuda":  # steps of no active row change nothing

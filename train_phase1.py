@@ -104,6 +104,12 @@ def load_encoder(run: str | Path, model: Model, dropout: float = 0.0) -> Encoder
     return Encoder(model, extra["latent_query"], causal if read_json(Path(run) / "config.json")["no_induction"] else induction)
 
 
+def finished_encoder(run: str | Path, device) -> Encoder:
+    """The encoder of a finished phase 1 run on a base of its own, ready to make latents."""
+    model = load_model(finished_run(run, "train_phase1")["model"], device, base_dtype(device))[0]
+    return load_encoder(run, model).to(device).eval()
+
+
 def main():
     p = parser(__doc__)
     p.add_argument("--step", choices=LEARNS, required=True, help="whose adapter learns: the encoder's, the decoder's, both")

@@ -20,7 +20,7 @@ import lora
 from masks import causal
 from model import Model
 from runs import UserError, at_least, finished_run, parser, run_main, start
-from train_phase1 import load_encoder
+from train_phase1 import finished_encoder
 from trainer import Task, add_training_arguments, train
 
 
@@ -129,7 +129,7 @@ def main():
     valid = None
     if args.valid:  # a few latents: made now, by the encoder on its own base
         plain = load_examples(args.valid, tokenizer)
-        encoder = load_encoder(args.phase1, load_model(before["model"], device, base_dtype(device))[0]).to(device).eval()
+        encoder = finished_encoder(args.phase1, device)
         valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))
         del encoder
     task = Phase2(model, args.compression, args.top_k, args.w_ce, args.w_kl, args.noise, args.noise_temperature,

@@ -6,7 +6,8 @@
 
 DIR holds gsm8k-train.jsonl, gsm8k-valid.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
 done by the project's own scripts; what is finished is not done again. --minutes are those of one H100 for the MAIN variants and one seed,
-and scale the epochs; time per problem counts all that an evaluation does, a GPU's compilation too. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
+and scale the epochs; time per problem counts all that an evaluation does, a GPU's compilation too. Writes OUT/results.json, OUT/table.md,
+OUT/length.svg and OUT/time.svg.
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import torch
 
 from data import read_jsonl
 from figures import draw_points
+from load_hf_weights import read_config
 from runs import UserError, at_least, call, file_hash, open_run, parser, read_json, run_main, write_json, write_text
 
 TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
@@ -67,11 +69,12 @@ MAIN = ("answer-only", "CoT-SFT", "Latent-r2", "Latent-r4")
 def write_data(source: Path, out: Path, smoke: bool) -> None:
     """train.jsonl (gsm8k-train three times and gsm8k-sub-train), small.jsonl (the former alone) and the evaluation files, in `out`."""
     plain, more = source / "gsm8k-train.jsonl", source / "gsm8k-sub-train.jsonl.gz"
+
     def lines_of(path: Path, count: int | None = None) -> str:
-        read_jsonl(path)  # says so if it is no good
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
             lines = [line for line in f.read().split("\n") if line.strip()]
         return "".join(line + "\n" for line in lines[:count])
+
     text, few = lines_of(plain), lines_of(plain, 48)
     whole = 3 * text + (lines_of(more) if more.exists() else "")
     write_text(out / "train.jsonl", few if smoke else whole)
@@ -123,6 +126,8 @@ def main():
 def train_all(args, out: Path, results: Path) -> None:
     source = Path(args.data)
     files = [source / "gsm8k-train.jsonl", *filter(Path.exists, [source / "gsm8k-sub-train.jsonl.gz"]), *(source / f"{t}.jsonl" for t in TESTS)]
+    for check, path in [(read_config, args.model), *((read_jsonl, file) for file in files)]:
+        check(path)  # says so if it is no good, before OUT belongs to it
     open_run(out, {"command": "reproduce", "model": str(Path(args.model).resolve()), "minutes": args.minutes, "smoke": args.smoke,
                    "data_hash": file_hash(*files)})
     data, device = out / "data", f"--device {args.device}" if args.device else ""

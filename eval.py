@@ -52,7 +52,7 @@ def load_problems(path: str) -> list[Problem]:
             answer = text_field(row, "answer", path)
         elif (answer := boxed(text_field(row, "cot_answer", path))) is None:
             raise UserError(f"{path}, line {row['_line']}: the field \"cot_answer\" holds no \\boxed{{...}}")
-        problems.append(Problem(problem, answer, bare_chain(text_field(row, "cot", path)) if "cot" in row else None))
+        problems.append(Problem(problem, answer, bare_chain(text_field(row, "cot", path)) if row.get("cot") else None))
     return problems
 
 

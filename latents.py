@@ -13,6 +13,7 @@ LOGITS = {"cpu": 2**23, "cuda": 2**28}  # how many vocabulary logits live at a t
 
 HIDDEN = -1
 GROUP = 128  # vocabulary logits whose maximum is looked at first where the k largest are searched
+FEW = 16  # so many are searched one after the other
 
 
 def precise(x: torch.Tensor) -> torch.Tensor:
@@ -33,14 +34,23 @@ def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     Faster than topk, which reads x several times: they all lie in the k groups of columns that have the largest maxima, or among
     the columns left over.
     """
-    V, groups = x.shape[1], x.shape[1] // GROUP
+    V, groups, top = x.shape[1], x.shape[1] // GROUP, _maxima if torch.compiler.is_compiling() and k <= FEW else torch.topk
     if groups <= k:
-        return x.topk(k)
-    best = x[:, :groups * GROUP].unflatten(1, (groups, GROUP)).amax(-1).topk(k).indices
+        return top(x, k)
+    best = top(x[:, :groups * GROUP].unflatten(1, (groups, GROUP)).amax(-1), k)[1]
     columns = (best[:, :, None] * GROUP + torch.arange(GROUP, device=x.device)).flatten(1)
     columns = torch.cat([columns, torch.arange(groups * GROUP, V, device=x.device).expand(len(x), -1)], dim=1)
-    values, places = x.gather(1, columns).topk(k)
+    values, places = top(x.gather(1, columns), k)
     return values, columns.gather(1, places)
+
+
+def _maxima(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """topk of few columns, one maximum after the other: compiled, a single small kernel."""
+    columns, found = torch.arange(x.shape[1], device=x.device), []
+    for _ in range(k):
+        found.append(x.max(-1))
+        x = x.masked_fill(columns == found[-1].indices[:, None], -torch.inf)
+    return tuple(torch.stack(both, dim=-1) for both in zip(*found))
 
 
 def top_probs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -109,12 +109,9 @@ class MLP(nn.Module):
         self.up_proj = LoRALinear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = LoRALinear(config.intermediate_size, config.hidden_size, bias=False)
 
-    def forward(self, x, adapter):
+    def gated(self, x, adapter):
         gate, up = project(x, [self.gate_proj, self.up_proj], adapter)
-        h = F.silu(gate) * up
-        if len(h) == 1:  # decoding, where a product is fused with what makes its input: keep silu out of it, done once for each output
-            torch._dynamo.graph_break()
-        return self.down_proj(h, adapter)
+        return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -133,7 +130,10 @@ class Block(nn.Module):
 
     def after(self, x, attended, adapter):
         x = x + self.self_attn.output(attended, adapter)
-        return x + self.mlp(self.post_attention_layernorm(x), adapter)
+        h = self.mlp.gated(self.post_attention_layernorm(x), adapter)
+        if len(h) == 1:  # decoding, where a product is fused with what makes its input: keep silu out of it, done once for each output
+            torch._dynamo.graph_break()
+        return x + self.mlp.down_proj(h, adapter)
 
     def forward(self, x, rope, attend: Attend, adapter):
         q, k, v = fused(Block.before, x)(self, x, rope, adapter)
@@ -180,6 +180,6 @@ class Model(nn.Module):
         for name, p in self.named_parameters():
             if p.ndim == 2:
                 p.normal_(0, std, generator=generator)
-            elif name.endswith("bias"):
-                p.zero_()
+            else:
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
         return self

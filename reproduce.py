@@ -13,6 +13,7 @@ OUT/length.svg and OUT/time.svg.
 from dataclasses import dataclass
 from functools import partial
 import gzip
+import json
 from pathlib import Path
 
 import torch
@@ -67,7 +68,8 @@ MAIN = ("answer-only", "CoT-SFT", "Latent-r2", "Latent-r4")
 
 
 def write_data(source: Path, out: Path, smoke: bool) -> None:
-    """train.jsonl (gsm8k-train three times and gsm8k-sub-train), small.jsonl (the former alone) and the evaluation files, in `out`."""
+    """train.jsonl (gsm8k-train three times and gsm8k-sub-train), small.jsonl (the former alone), valid.jsonl (gsm8k-valid where it has
+    chains) and the evaluation files, in `out`."""
     plain, more = source / "gsm8k-train.jsonl", source / "gsm8k-sub-train.jsonl.gz"
 
     def lines_of(path: Path, count: int | None = None) -> str:
@@ -79,13 +81,15 @@ def write_data(source: Path, out: Path, smoke: bool) -> None:
     whole = 3 * text + (lines_of(more) if more.exists() else "")
     write_text(out / "train.jsonl", few if smoke else whole)
     write_text(out / "small.jsonl", few if smoke else text)
+    valid = lines_of(source / "gsm8k-valid.jsonl", 4 if smoke else None).splitlines(keepends=True)
+    write_text(out / "valid.jsonl", "".join(line for line in valid if json.loads(line)["cot"].strip()))
     for name in TESTS:
         write_text(out / f"{name}.jsonl", lines_of(source / f"{name}.jsonl", 4 if smoke else None))
 
 
 def train_variant(v: Variant, base: Path, out: Path, data: Path, device: str, how) -> Path:
     """The run directory of a variant, trained in `out`; `how(stage)` are the flags of a stage."""
-    files = {"data": data / ("small.jsonl" if v.small else "train.jsonl"), "valid": data / "gsm8k-valid.jsonl"}
+    files = {"data": data / ("small.jsonl" if v.small else "train.jsonl"), "valid": data / "valid.jsonl"}
     if not v.r:
         call("train_sft.py", f"{SFT} {v.sft} {how('sft')}", model=base, out=out / "sft", **files)
         return out / "sft"
@@ -156,7 +160,7 @@ def train_all(args, out: Path, results: Path) -> None:
             call("eval.py", flags, model=run, data=[of(test) for test in TESTS if test in (*args.tests, "gsm8k-test")], out=home / name / "eval")
             if v.r and v.ceiling:  # what the decoder of phase 1 and the student can do, given the encoder's latents
                 for stage in ("joint", "latent"):
-                    call("eval.py", f"{flags} --arms written", model=home / name / stage, data=of("gsm8k-valid"), out=home / name / f"eval-{stage}")
+                    call("eval.py", f"{flags} --arms written", model=home / name / stage, data=of("valid"), out=home / name / f"eval-{stage}")
             if v.arms:
                 call("eval.py", f"{flags} --arms {ARMS}", model=run, data=of("gsm8k-test"), out=home / name / "eval")
             found["runs"].setdefault(name, {})[f"seed{seed}"] = summaries(home / name / "eval") | {
@@ -176,7 +180,7 @@ def report(found: dict, out: Path) -> None:
         for seed, s in seeds.items():
             test = s["gsm8k-test"]
             cells = [f"{s[t]['accuracy']:.1f} ± {s[t]['interval']:.1f}" if t in s else "" for t in tests]
-            ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("joint.gsm8k-valid.written", "latent.gsm8k-valid.written")]
+            ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("joint.valid.written", "latent.valid.written")]
             lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + f" | {test['chain_length']:.1f} | "
                          f"{1000 * test['seconds_per_problem']:.2f} | " + " | ".join(ceilings) + f" | {s['made']['device']} |")
             points.append((name, test))

@@ -141,11 +141,11 @@ def _compiled(function, **options):
 def fused(function, x: torch.Tensor):
     """`function`; where `x` is on a GPU, compiled (anew only when a second size comes), its pointwise work fused into few kernels.
 
-    For one token, a single row of `x`, products are fused too: all that they do is to read weights.
+    For one token, a single row of `x`, products are fused too, and small ones join: all that they do is to read weights.
     """
     if not x.is_cuda:
         return function
-    return _compiled(function, coordinate_descent_tuning=True) if len(x) == 1 else _compiled(function)
+    return _compiled(function, coordinate_descent_tuning=True, combo_kernels=True) if len(x) == 1 else _compiled(function)
 
 
 # ---- run directories ----

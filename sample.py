@@ -140,7 +140,7 @@ class Sampler:
         self.stop = self.end_think[0] if settings.latents != "given" else self.end_think.new_tensor(-1)  # ends thinking
         self.shown = settings.top_k if settings.top_k > 0 else min(SHOWN, model.config.vocab_size)
         self.steps = 16 if self.device.type == "cuda" else 1  # between two looks at who has finished: a look waits for the GPU
-        self.room = None
+        self.room = self.replay = None
 
     @torch.no_grad()
     def generate(self, prompts: list[list[int]], numbers=None, progress=lambda i, result: None, given=None,
@@ -170,7 +170,7 @@ class Sampler:
                             [given[i] for i in fresh.values()] if s.latents == "given" else None)
                 running |= {row: [i, len(prompts[i])] for row, i in fresh.items()}
             for _ in range(self.steps):
-                self.step(max(read for _, read in running.values()) + 1)
+                self.replay() if self.replay else self._step(max(read for _, read in running.values()) + 1)
                 for state in running.values():
                     state[1] += 1
             active = self.state.active.tolist()
@@ -189,7 +189,7 @@ class Sampler:
         length = -(-(longest + thoughts + len(self.end_think) + s.max_new_tokens + self.steps) // BLOCK) * BLOCK
         if self.room and self.room[0] == wanted and self.room[1] >= length and self.room[2] >= thoughts:
             return
-        self.room, self.cache, self.step = (wanted, length, thoughts), None, None
+        self.room, self.cache, self.replay = (wanted, length, thoughts), None, None
         fitting = 0.8 * free_memory(self.device) / KVCache.bytes_per_row(config, length, dtype)
         B, k = max(1, int(min(wanted, fitting))), self.shown
         self.cache = KVCache(config, B, length, self.device, dtype)
@@ -201,10 +201,8 @@ class Sampler:
         self.other_probs = zeros(thoughts + 1, k, dtype=torch.float32) if s.latents == "given" else None
         self.other_ids = zeros(thoughts + 1, k) if s.latents in ("given", "random") else None
         self.hidden = zeros(config.hidden_size, dtype=dtype)
-        self.step = self._step
         if self.device.type == "cuda":  # steps of no active row change nothing
-            replay = recorded(lambda: self._step(length))
-            self.step = lambda longest: replay()
+            self.replay = recorded(lambda: self._step(length))
 
     def _admit(self, rows: list[int], prompts: list[list[int]], numbers: list[int], given) -> None:
         """Reads `prompts` into the cache's `rows`, leaves their last hidden states in self.hidden."""
@@ -239,7 +237,7 @@ class Sampler:
         s, state = self.settings, self.state
         logits = (self.hidden @ self.model.head.T).float()
         hidden = s.thinking == "latent" and s.top_k == latents.HIDDEN
-        probs, ids = latents.top_probs(logits, self.shown if hidden else s.top_k) if s.thinking == "latent" else (None, None)
+        probs, ids = fused(latents.top_probs, logits)(logits, self.shown if hidden else s.top_k) if s.thinking == "latent" else (None, None)
         likeliest = logits.argmax(-1) if ids is None else ids[:, 0]
         sampled = pick(logits, self.uniform[state.token_at()], s.temperature, s.top_p) if s.temperature else likeliest
         probs, ids = self._intervene(probs, ids)

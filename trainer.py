@@ -263,6 +263,10 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             stop = totals.pop("stop") > 0
             means = {k: v / counts[k] for k, v in totals.items()}
             loss = sum(task.weights[k] * v for k, v in means.items())
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                bar.close()
+                raise UserError(f"{out}: at step {step + 1} the loss is {loss:.4g} and the norm of its gradient {float(norm):.4g}; "
+                                "nothing of that step is saved; begin anew, in another --out, with a smaller --lr or other data")
             tokens = sum(task.tokens(e) for e in batch)
             record(step=step + 1, loss=loss, **means, lr=lr, grad_norm=float(norm),
                    tokens_per_s=round(tokens / (time.time() - tick)))

@@ -5,7 +5,8 @@
 
 Everybody does the same work for each problem, greedily: --latents superpositions, one token that ends thinking, --answer tokens. The
 references are the loop that the field evaluates with, one problem at a time, and the same on left-padded batches; both keep a KV
-cache. The first problems warm up. How many thoughts and answers agree with ours is printed: rounding may part them in bf16.
+cache. The first problems warm up. How many first thoughts, and how many of all thoughts and answers, are as ours is printed: rounding
+parts them in bf16.
 
 Then what shorter chains are worth: the time in which a chain of --chain tokens is written, beside that of as many latents divided by
 2 and by 4; reading the problem and the token after the chain are measured alone and taken off.
@@ -101,7 +102,7 @@ def beside_transformers(sampler, model, prompts, few, end: int, args) -> None:
     theirs = lambda batch: reference(hf, batch, args.top_k, args.latents, end, args.answer)
     batched = lambda: [x for i in range(0, len(prompts), args.batch_size) for x in theirs(prompts[i:i + args.batch_size])]
     one_by_one = lambda step: [x for prompt in few for x in step([prompt])]
-    first = None
+    first, flat = None, lambda pair: [*pair[0], *pair[1]]
     for what, count, run, warm_up in (
             (f"ours, {args.batch_size} at a time", len(prompts), lambda: ours(many, prompts), lambda: ours(many, prompts)),
             ("ours, one at a time", len(few), lambda: one_by_one(lambda p: ours(single, p)), lambda: ours(single, [max(few, key=len)])),
@@ -112,9 +113,9 @@ def beside_transformers(sampler, model, prompts, few, end: int, args) -> None:
         result = run()
         seconds = time.perf_counter() - begin  # results are on the host: the device has finished
         first = first or result
-        agree = sum(a == b for a, b in zip(result, first)) / count
+        same, begun = (sum(a[n] == b[n] for a, b in zip(map(flat, result), map(flat, first))) / count for n in (slice(None), 0))
         print(f"{what}: {count} problems in {seconds:.2f} s, {count / seconds:.2f} problems/s, {1000 * seconds / count:.1f} ms each, "
-              f"{agree:.0%} as ours", flush=True)
+              f"{begun:.0%} begin and {same:.0%} go on as ours, {len(set(map(str, result)))} differ from one another", flush=True)
 
 
 def bandwidth_share(sampler, model, prompt, args) -> None:

@@ -13,6 +13,7 @@ import argparse
 from contextlib import contextmanager
 from functools import partial
 import json
+import math
 from pathlib import Path
 import statistics
 import sys
@@ -287,10 +288,13 @@ def run(args, sizes, device, tokenizer) -> None:
             print(f"phase {phase}, ours, {n} examples a step: out of memory", flush=True)
             continue
         seconds, memory, loss = result
+        if not math.isfinite(loss):
+            raise SystemExit(f"phase {phase}: the loss is {loss}; what was timed is not worth a figure")
         needed = sum(flops(args.config, phase, batch, args) for batch in batches(n)[warm_up:])
         share = f", {needed / seconds / PEAK[name]:.1%} of the data sheet's peak" if name in PEAK else ""
         print(f"phase {phase}, ours, {n} examples a step: {tokens(n) / seconds:,.0f} tokens/s, {memory:.1f} GiB, "
-              f"{1000 * seconds / args.rounds:.1f} ms a step, {needed / seconds / rate:.1%} of the matrix products' rate{share}", flush=True)
+              f"{1000 * seconds / args.rounds:.1f} ms a step, {needed / seconds / rate:.1%} of the matrix products' rate{share}, "
+              f"loss {loss:.4f}", flush=True)
         best = 0.0
         for m, result in zip(sizes, references):
             if result is None:
@@ -300,7 +304,7 @@ def run(args, sizes, device, tokenizer) -> None:
             best = max(best, tokens(m) / reference_seconds)
             difference = f", loss differs by {abs(loss - reference_loss) / loss:.1e} of it" if m == n else ""
             print(f"phase {phase}, reference, {m} examples a step: {tokens(m) / reference_seconds:,.0f} tokens/s, "
-                  f"{reference_memory:.1f} GiB{difference}", flush=True)
+                  f"{reference_memory:.1f} GiB, loss {reference_loss:.4f}{difference}", flush=True)
         if best:
             print(f"phase {phase}: ours is {tokens(n) / seconds / best:.2f} times as fast", flush=True)
 

@@ -177,3 +177,14 @@ def test_from_the_shell(tmp_path):
 def test_help(command, script):
     code, printed, _ = command(script.main, "--help")
     assert code == 0 and "default" in printed and printed.count("--") >= 3
+
+
+def test_a_step_that_is_no_number(command, checkpoint, data, tmp_path):
+    """Ends the run before anything of the step is saved."""
+    out = tmp_path / "out"
+    code, _, error = command(train_sft.main, "--model", checkpoint(), "--data", data, "--out", out, "--batch-size", 4, "--max-steps", 9,
+                             "--lr", "1e30", "--save-every", 1)
+    last = error.strip().splitlines()[-1]
+    assert code == 1 and last.startswith("error: ") and "nan" in last and "smaller --lr" in last and "Traceback" not in error
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert f"at step {len(steps) + 1} " in last and steps == list(range(1, len(steps) + 1)) and not (out / "finished.json").exists()

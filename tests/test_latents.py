@@ -22,6 +22,17 @@ def test_superposition(k):
     torch.testing.assert_close(again, probs)
 
 
+@pytest.mark.parametrize("V", [40, 3000])
+def test_one_maximum_after_the_other(V):
+    """What compiled code takes for topk: the same values, at places that differ, where there are ties too."""
+    torch.manual_seed(V)
+    for x in (torch.randn(6, V), torch.randint(4, (6, V)).float()):
+        values, places = latents._maxima(x, 10)
+        assert torch.equal(values, x.topk(10).values) and torch.equal(x.gather(1, places), values)
+        assert all(len(set(row)) == 10 for row in places.tolist())
+        assert torch.equal(latents.largest(x, 10)[0], values)
+
+
 def test_top_k_of_everything_is_the_full_softmax():
     torch.manual_seed(0)
     h, E = torch.randn(5, 8, dtype=torch.float64), torch.randn(20, 8, dtype=torch.float64)

@@ -146,8 +146,13 @@ def test_a_missing_shard_is_named(broken):
         load_checkpoint(broken)
 
 
-def test_initialize_is_seeded():
+def test_initialize_is_seeded_and_leaves_nothing_as_it_was():
     config = load_hf_weights.Config(VOCAB, 32, 48, 1, 4, 2, 8)
+    stale = load_hf_weights.Model(config)
+    for p in stale.parameters():
+        p.data.fill_(torch.nan)
+    stale.initialize(torch.Generator().manual_seed(1))
+    assert all(p.isfinite().all() for p in stale.parameters()) and (stale.norm.weight == 1).all()
     a, b, c = (load_hf_weights.Model(config).initialize(torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(a.embed_tokens.weight, b.embed_tokens.weight) and not torch.equal(a.embed_tokens.weight, c.embed_tokens.weight)
     assert hf_model("llama", True).config.num_hidden_layers == 2

@@ -10,6 +10,8 @@ def test_smoke(command, checkpoint, data, tmp_path):
     source.mkdir()
     for name in ("gsm8k-train", *reproduce.TESTS):
         (source / f"{name}.jsonl").write_text(data.read_text())
+    first, *others = data.read_text().splitlines()  # GSM8K has problems whose chain holds no equation
+    (source / "gsm8k-valid.jsonl").write_text("\n".join([json.dumps(json.loads(first) | {"cot": ""}), *others]))
     arguments = ["--model", checkpoint(), "--data", source, "--out", out, "--smoke", "--device", "cpu", "--tests", "gsm8k-valid"]
     code, _, error = command(reproduce.main, *arguments, "--variants", "Latent-r2")  # CoT-SFT comes with it
     assert code == 0, error
@@ -17,8 +19,9 @@ def test_smoke(command, checkpoint, data, tmp_path):
     assert set(results["runs"]) == {"CoT-SFT", "Latent-r2"} and results["smoke"]
     latent = results["runs"]["Latent-r2"]["seed1"]
     assert latent["made"]["device"] == "CPU"
-    assert {"gsm8k-valid", "gsm8k-test", "gsm8k-test.floor", "gsm8k-test.cut-4", "joint.gsm8k-valid.written",
-            "latent.gsm8k-valid.written"} <= set(latent)
+    assert {"gsm8k-valid", "gsm8k-test", "gsm8k-test.floor", "gsm8k-test.cut-4", "joint.valid.written",
+            "latent.valid.written"} <= set(latent)
+    assert latent["gsm8k-valid"]["count"] == 4 and latent["joint.valid.written"]["count"] == 3
     assert latent["gsm8k-test.cut-4"]["chain_length"] <= 4 and latent["gsm8k-test.floor"]["chain_length"] == 0
     table = (out / "table.md").read_text()
     assert f"| Latent-r2 | 1 | {latent['gsm8k-valid']['accuracy']:.1f}" in table and "SMOKE" in table

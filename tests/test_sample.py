@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 import random
+import weakref
 
 import pytest
 import torch
@@ -53,6 +54,15 @@ def test_greedy_equals_one_by_one(pair, k):
         for ours, (theirs, _) in zip(r.probs, thoughts):
             torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=0)
         assert r.tokens + [eos] * r.finished == answer
+
+
+def test_memory_is_let_go(pair):
+    """A sampler that nobody holds any more is gone at once, and its cache with it."""
+    held = Sampler(pair[0], [261], 262, Sampling("latent", 3, 2, 2), 2)
+    held.generate(prompts(3))
+    gone, cache = weakref.ref(held), weakref.ref(held.cache.kv)
+    del held
+    assert gone() is None and cache() is None
 
 
 def test_nothing_to_do(pair):

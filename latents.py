@@ -13,7 +13,7 @@ LOGITS = {"cpu": 2**23, "cuda": 2**28}  # how many vocabulary logits live at a t
 
 HIDDEN = -1
 GROUP = 128  # vocabulary logits whose maximum is looked at first where the k largest are searched
-FEW = 16  # so many are searched one after the other
+FEW = 16  # so many maxima are taken one after the other in compiled code
 
 
 def precise(x: torch.Tensor) -> torch.Tensor:
@@ -34,7 +34,8 @@ def largest(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     Faster than topk, which reads x several times: they all lie in the k groups of columns that have the largest maxima, or among
     the columns left over.
     """
-    V, groups, top = x.shape[1], x.shape[1] // GROUP, _maxima if torch.compiler.is_compiling() and k <= FEW else torch.topk
+    V, groups = x.shape[1], x.shape[1] // GROUP
+    top = _maxima if torch.compiler.is_compiling() and k <= FEW else torch.topk
     if groups <= k:
         return top(x, k)
     best = top(x[:, :groups * GROUP].unflatten(1, (groups, GROUP)).amax(-1), k)[1]

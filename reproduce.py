@@ -72,19 +72,21 @@ def write_data(source: Path, out: Path, smoke: bool) -> None:
     chains) and the evaluation files, in `out`."""
     plain, more = source / "gsm8k-train.jsonl", source / "gsm8k-sub-train.jsonl.gz"
 
-    def lines_of(path: Path, count: int | None = None) -> str:
+    def lines_of(path: Path) -> list[str]:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            lines = [line for line in f.read().split("\n") if line.strip()]
-        return "".join(line + "\n" for line in lines[:count])
+            return [line for line in f.read().split("\n") if line.strip()]
 
-    text, few = lines_of(plain), lines_of(plain, 48)
-    whole = 3 * text + (lines_of(more) if more.exists() else "")
-    write_text(out / "train.jsonl", few if smoke else whole)
-    write_text(out / "small.jsonl", few if smoke else text)
-    valid = lines_of(source / "gsm8k-valid.jsonl", 4 if smoke else None).splitlines(keepends=True)
-    write_text(out / "valid.jsonl", "".join(line for line in valid if json.loads(line)["cot"].strip()))
+    def write(name: str, lines: list[str]) -> None:
+        write_text(out / f"{name}.jsonl", "".join(line + "\n" for line in lines))
+
+    small = lines_of(plain)[:48 if smoke else None]
+    write("small", small)
+    write("train", small if smoke else 3 * small + (lines_of(more) if more.exists() else []))
     for name in TESTS:
-        write_text(out / f"{name}.jsonl", lines_of(source / f"{name}.jsonl", 4 if smoke else None))
+        lines = lines_of(source / f"{name}.jsonl")[:4 if smoke else None]
+        if name == "gsm8k-valid":
+            write("valid", [line for line in lines if json.loads(line).get("cot") != ""])
+        write(name, lines)
 
 
 def train_variant(v: Variant, base: Path, out: Path, data: Path, device: str, how) -> Path:

@@ -18,8 +18,11 @@ import torch.distributed as dist
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one sentence: what is wrong, where, what to do."""
-    shared = False  # whether all ranks raise it, so that rank 0 speaks for all
+    """A mistake of the user's, told in one sentence: what is wrong, where, what to do. shared: all ranks raise it, rank 0 speaks."""
+
+    def __init__(self, sentence: str, shared: bool = False):
+        super().__init__(sentence)
+        self.shared = shared
 
 
 def read_json(path: str | Path) -> dict:
@@ -120,9 +123,7 @@ def from_rank0(function):
             box[1] = str(e)
     dist.broadcast_object_list(box)
     if box[1] is not None:
-        error = UserError(box[1])
-        error.shared = True
-        raise error
+        raise UserError(box[1], shared=True)
     return box[0]
 
 

@@ -255,7 +255,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             lr = learning_rate(step, steps, args.lr, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            norm = nn.utils.clip_grad_norm_(learned.values(), args.clip or math.inf)
+            grad_norm = nn.utils.clip_grad_norm_(learned.values(), args.clip or math.inf)
             optimizer.step()
             gradients.zero_()
 
@@ -263,12 +263,12 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             stop = totals.pop("stop") > 0
             means = {k: v / counts[k] for k, v in totals.items()}
             loss = sum(task.weights[k] * v for k, v in means.items())
+            norm = float(grad_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                bar.close()
-                raise UserError(f"{out}: at step {step + 1} the loss is {loss:.4g} and the norm of its gradient {float(norm):.4g}; "
-                                "nothing of that step is saved; begin anew, in another --out, with a smaller --lr or other data")
+                raise UserError(f"{out}: at step {step + 1} the loss is {loss:.4g} and the norm of its gradient {norm:.4g}; nothing of "
+                                "that step is saved; begin anew, in another --out, with a smaller --lr or other data", shared=True)
             tokens = sum(task.tokens(e) for e in batch)
-            record(step=step + 1, loss=loss, **means, lr=lr, grad_norm=float(norm),
+            record(step=step + 1, loss=loss, **means, lr=lr, grad_norm=norm,
                    tokens_per_s=round(tokens / (time.time() - tick)))
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()

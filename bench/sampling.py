@@ -102,7 +102,7 @@ def beside_transformers(sampler, model, prompts, few, end: int, args) -> None:
     theirs = lambda batch: reference(hf, batch, args.top_k, args.latents, end, args.answer)
     batched = lambda: [x for i in range(0, len(prompts), args.batch_size) for x in theirs(prompts[i:i + args.batch_size])]
     one_by_one = lambda step: [x for prompt in few for x in step([prompt])]
-    first, flat = None, lambda pair: [*pair[0], *pair[1]]
+    first = None
     for what, count, run, warm_up in (
             (f"ours, {args.batch_size} at a time", len(prompts), lambda: ours(many, prompts), lambda: ours(many, prompts)),
             ("ours, one at a time", len(few), lambda: one_by_one(lambda p: ours(single, p)), lambda: ours(single, [max(few, key=len)])),
@@ -113,7 +113,8 @@ def beside_transformers(sampler, model, prompts, few, end: int, args) -> None:
         result = run()
         seconds = time.perf_counter() - begin  # results are on the host: the device has finished
         first = first or result
-        same, begun = (sum(a[n] == b[n] for a, b in zip(map(flat, result), map(flat, first))) / count for n in (slice(None), 0))
+        begun = sum(a[0][0] == b[0][0] for a, b in zip(result, first)) / count
+        same = sum(a == b for a, b in zip(result, first)) / count
         print(f"{what}: {count} problems in {seconds:.2f} s, {count / seconds:.2f} problems/s, {1000 * seconds / count:.1f} ms each, "
               f"{begun:.0%} begin and {same:.0%} go on as ours, {len(set(map(str, result)))} differ from one another", flush=True)
 

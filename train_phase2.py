@@ -73,7 +73,8 @@ class Phase2(Task):
         row, probs, ids, E = batch.row, batch.probs, batch.ids, self.model.embed_tokens.weight
         if self.noise and self.training:
             probs = latents.gumbel_noise(probs, ids, self.end_think, self.noise, self.temperature)
-        x = self.model.embed_tokens(row.ids).to(base_dtype(row.ids.device))  # weights that learn are float32
+        x = self.model.embed_tokens(row.ids)
+        x = x.to(base_dtype(x.device)) if self.source else x  # weights that learn are float32
         x = x.index_copy(0, row.latent_index, latents.embed(probs, ids, E.detach(), self.k).to(x.dtype))
         h = run_row(self.model, x, row, causal, None if self.source else "student")
         before = h[row.latent_index - 1]

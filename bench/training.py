@@ -214,7 +214,12 @@ def profile(step, path: Path) -> None:
     sums = dict.fromkeys([*kinds, "other"], 0.0)
     for name, _, ms in kernels:
         sums[next((kind for kind, words in kinds.items() if any(w in name for w in words)), "other")] += ms
-    print("    GPU time, ms: " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in sums.items()) + f"; all {sum(sums.values()):.1f}")
+    spans = sorted((e.time_range.start, e.time_range.end) for e in p.events() if e.device_type.name == "CUDA")  # in microseconds
+    idle, end = 0.0, spans[0][0]
+    for start, stop in spans:
+        idle, end = idle + max(0, start - end), max(end, stop)
+    print("    GPU time, ms: " + ", ".join(f"{kind} {ms:.1f}" for kind, ms in sums.items()) + f"; all {sum(sums.values()):.1f}, "
+          f"and {idle / 1000:.1f} idle between {sum(count for _, count, _ in kernels)} kernels")
 
 
 @contextmanager

@@ -31,6 +31,12 @@ CONFIG = Config(model_type="qwen3", vocab_size=V, hidden_size=256, intermediate_
                 num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
 
 
+@pytest.fixture(autouse=True)
+def compile_anew():
+    """What one test had compiled does not count towards the limit of versions, beyond which a function runs uncompiled, in the next."""
+    torch._dynamo.reset()
+
+
 def random_examples(count: int, k: int = 10, seed: int = 0) -> list[LatentExample]:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ids = lambda n: [rng.randrange(V) for _ in range(n)]

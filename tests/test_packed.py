@@ -116,6 +116,18 @@ def test_filler_counts_for_nothing(phase):
 
 
 @pytest.mark.parametrize("phase", [1, 2])
+def test_computed_in_the_precision_of_the_model(phase):
+    """Nothing on the way rounds to less: a model in float64 has losses in float64."""
+    examples, losses = random_examples(6, 5), []
+    for dtype in (torch.float32, torch.float64):
+        task = task_of(phase).to(dtype)
+        losses.append(task(task.row(examples)))
+    for key, loss in losses[1].items():
+        assert loss.dtype == torch.float64
+        torch.testing.assert_close(losses[0][key].double(), loss, atol=0, rtol=1e-5)
+
+
+@pytest.mark.parametrize("phase", [1, 2])
 def test_checkpointed_activations(phase):
     """Layers computed again in backward, with the dropout of the first time."""
     task = task_of(phase, dropout=0.3).train()

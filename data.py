@@ -151,8 +151,10 @@ def pack_row(name: str, examples: list[Example], r: int = 1, ends: list[np.ndarr
 
 @dataclass(frozen=True)
 class RowShape:
-    """What all rows of a training run on a GPU have in common: their tokens, and bounds on documents and on the longest one."""
+    """What all rows of a training run on a GPU have in common: their tokens, and bounds on examples, on documents (these and filler) and
+    on the longest one. Tight ones, since flash attention starts work for every document and length that there might be."""
     tokens: int
+    examples: int
     documents: int
     longest: int
 
@@ -164,13 +166,15 @@ def row_shape(lengths: list[int], batch_size: float, row_tokens: int) -> RowShap
     expected = batch_size * lengths.mean() + 2 * batch_size**0.5 * lengths.std()
     tokens = max(expected / np.ceil(expected / row_tokens), lengths.max())
     tokens, longest = int(np.ceil(tokens / BLOCK)) * BLOCK, int(lengths.max())
-    return RowShape(tokens, tokens // int(lengths.min()) + tokens // longest + 2, longest)
+    examples = int(1.25 * tokens / lengths.mean()) + 2
+    filler = max(0, tokens - examples * int(lengths.min()))  # in the fullest row
+    return RowShape(tokens, examples, examples + filler // longest + 2, longest)
 
 
 def padded(row: Row, shape: RowShape | None = None) -> Row:
     """`row` with documents of filler, which no loss looks at, up to `shape`, or else to a multiple of BLOCK tokens."""
     old, T = row.labels, len(row.ids)
-    shape = shape or RowShape(-(-T // BLOCK) * BLOCK, old.documents + 1, max(old.longest, BLOCK))
+    shape = shape or RowShape(-(-T // BLOCK) * BLOCK, old.documents, old.documents + 1, max(old.longest, BLOCK))
     n = shape.tokens - T
     ids, position_ids, kind, segment = (F.pad(x, (0, n)) for x in (row.ids, row.position_ids, old.kind, old.segment))
     document = torch.cat([old.document, old.documents + torch.arange(n, dtype=torch.int32) // shape.longest])
@@ -189,21 +193,23 @@ def to_device(x, device: torch.device, shape: RowShape | None = None):
     return x
 
 
-def pack(lengths: list[int], budget: int, parts: int = 1) -> list[list[int]]:
-    """Deals items out to rows of at most `budget` tokens, evenly loaded, none of them empty; returns lists of indices.
+def pack(lengths: list[int], budget: int, parts: int = 1, most: int | None = None) -> list[list[int]]:
+    """Deals items out to rows of at most `budget` tokens and `most` items, evenly loaded, none of them empty; returns lists of indices.
 
     Longest first, each to the row with the least in it. The number of rows is a multiple of `parts`, unless that takes more
     rows than items. Needs at least `parts` items and none over the budget.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    needed = -(-sum(lengths) // budget)
+    order, most = sorted(range(len(lengths)), key=lambda i: -lengths[i]), most or len(lengths)
+    needed = max(-(-sum(lengths) // budget), -(-len(lengths) // most))
     count = min(-(-needed // parts) * parts, len(lengths))
     while True:
-        rows, loads = [[] for _ in range(count)], [(0, row) for row in range(count)]
+        rows, loads, heaviest = [[] for _ in range(count)], [(0, row) for row in range(count)], 0
         for i in order:
-            load, row = loads[0]
+            load, row = heapq.heappop(loads)
             rows[row].append(i)
-            heapq.heapreplace(loads, (load + lengths[i], row))
-        if max(loads)[0] <= budget or count == len(lengths):
+            heaviest = max(heaviest, load + lengths[i])
+            if len(rows[row]) < most:
+                heapq.heappush(loads, (load + lengths[i], row))
+        if heaviest <= budget or count == len(lengths):
             return rows
         count = min(count + max(1, count // 10 // parts) * parts, len(lengths))

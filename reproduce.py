@@ -24,7 +24,7 @@ from load_hf_weights import read_config
 from runs import UserError, at_least, call, file_hash, open_run, parser, read_json, run_main, write_json, write_text
 
 TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
-EPOCHS = {"sft": 4.0, "encoder": 0.5, "decoder": 0.5, "joint": 2.0, "phase2": 8.0}  # in 60 minutes
+EPOCHS = {"sft": 3.0, "encoder": 0.25, "decoder": 0.25, "joint": 1.5, "phase2": 12.0}  # in 60 minutes
 SFT = "--lr 5e-4 --batch-size 256"
 PHASE1 = "--lr 1e-3 --batch-size 256"
 PHASE2 = "--lr 5e-4 --batch-size 256"

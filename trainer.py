@@ -133,12 +133,13 @@ def _reduced(values: dict[str, float], device) -> dict[str, float]:
     return dict(zip(values, total.tolist()))
 
 
-def deal(task: Task, examples: list, row_tokens: int, rank: int, world: int) -> tuple[list[list], int]:
+def deal(task: Task, examples: list, row_tokens: int, shape: RowShape | None, rank: int, world: int) -> tuple[list[list], int]:
     """The rows of a batch that are this rank's, and how many of the last ones only repeat another and count for nothing.
 
-    All ranks get as many, since sharded layers are gathered by all of them together.
+    All ranks get as many, since sharded layers are gathered by all of them together. Rows are as long as `shape` says, if there is one.
     """
-    rows = pack([task.length(e) for e in examples], row_tokens, world)
+    tokens, most = (shape.tokens, shape.examples) if shape else (row_tokens, None)
+    rows = pack([task.length(e) for e in examples], tokens, world, most)
     rows = [[examples[i] for i in indices] for indices in rows]
     mine = rows[rank::world]
     repeats = -(-len(rows) // world) - len(mine)
@@ -172,7 +173,7 @@ def evaluate(task: Task, examples: list, row_tokens: int, shape: RowShape | None
     """Mean loss parts over `examples`, without noise and dropout."""
     task.eval()
     sums = {k: 0.0 for k in task.weights}
-    rows, repeats = deal(task, examples, row_tokens, rank, world)
+    rows, repeats = deal(task, examples, row_tokens, shape, rank, world)
     for i, row in enumerate(rows, repeats):
         parts, real = task(to_device(task.row(row), device, shape)), i < len(rows)
         sums = {k: sums[k] + real * float(parts[k]) for k in sums}
@@ -203,10 +204,9 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     if args.shard:
         shard(task.model, device, world)
     task.model.checkpoint_activations = args.checkpoint_activations
-    row_tokens, shape = args.row_tokens, None
+    shape = None
     if device.type == "cuda":
-        shape = row_shape([task.length(e) for e in examples + (valid or [])], args.batch_size / world, row_tokens)
-        row_tokens = shape.tokens
+        shape = row_shape([task.length(e) for e in examples + (valid or [])], args.batch_size / world, args.row_tokens)
         if not (args.shard or args.checkpoint_activations):  # these are for models so large that launches don't matter
             task.model.graphs = {}
     task.to(device).train()
@@ -235,7 +235,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     def load(step):
         """The batch of a step; this rank's rows of it, which a thread builds while the GPU is busy; deal's repeats."""
         batch = [examples[i] for i in batch_indices(step, args.batch_size, len(examples), args.seed)]
-        rows, repeats = deal(task, batch, row_tokens, rank, world)
+        rows, repeats = deal(task, batch, args.row_tokens, shape, rank, world)
         return batch, [loader.submit(task.row, row) for row in rows], repeats
 
     with Stopper() as stopper, bar, ThreadPoolExecutor(1) as loader:
@@ -273,7 +273,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             if valid and ((step + 1) % valid_every == 0 or step + 1 == steps):
-                last_valid = evaluate(task, valid, row_tokens, shape, rank, world, device)
+                last_valid = evaluate(task, valid, args.row_tokens, shape, rank, world, device)
                 record(step=step + 1, **{f"valid_{k}": v for k, v in last_valid.items()})
             if stop or (step + 1) % args.save_every == 0 or step + 1 == steps:
                 save(step + 1)

@@ -96,13 +96,13 @@ def our_task(phase: int, args, device):
 def ours(phase: int, batches, args, device):
     """(step function of a batch's number, loss of the first batch without dropout). Rows are built beforehand: see trainer.py."""
     task = our_task(phase, args, device)
-    learned, tokens, shape = [p for p in task.parameters() if p.requires_grad], args.row_tokens, None
+    learned, shape = [p for p in task.parameters() if p.requires_grad], None
     gradients, optimizer = flat_gradients(learned), torch.optim.AdamW(learned, lr=1e-6, fused=device.type == "cuda")
     if device.type == "cuda":
         shape = data.row_shape([task.length(e) for batch in batches for e in batch], len(batches[0]), args.row_tokens)
-        tokens, task.model.graphs = shape.tokens, None if args.checkpoint_activations else {}
-        print(f"    rows of {tokens} tokens")
-    rows = [[task.row(row) for row in deal(task, batch, tokens, 0, 1)[0]] for batch in batches]
+        task.model.graphs = None if args.checkpoint_activations else {}
+        print(f"    rows of {shape.tokens} tokens")
+    rows = [[task.row(row) for row in deal(task, batch, args.row_tokens, shape, 0, 1)[0]] for batch in batches]
 
     def step(i, learn=True):
         counts, total = task.counts(batches[i]), 0.0

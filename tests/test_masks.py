@@ -69,7 +69,8 @@ def test_pack(parts):
     rng = random.Random(parts)
     for _ in range(100):
         lengths = [rng.randint(1, 50) for _ in range(rng.randint(parts, 60))]
-        rows = data.pack(lengths, 50, parts)
+        most = rng.choice([None, 1, 3, 7])
+        rows = data.pack(lengths, 50, parts, most)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-        assert all(row and sum(lengths[i] for i in row) <= 50 for row in rows)
+        assert all(row and sum(lengths[i] for i in row) <= 50 and len(row) <= (most or 60) for row in rows)
         assert len(rows) % parts == 0 or len(rows) == len(lengths) > parts

@@ -83,7 +83,7 @@ def test_flex_attention_on_a_cache():
 def test_documents_for_flash_attention():
     row = data.pack_row("cot", random_examples(3, 1))
     lengths = torch.bincount(row.labels.document).tolist()
-    shape = data.RowShape(2 * len(row.ids), 9, row.labels.longest)
+    shape = data.RowShape(2 * len(row.ids), 3, 9, row.labels.longest)
     full = data.padded(row, shape)
     starts = PackedAttention(full.labels).cu_seqlens
     assert len(starts) == 10 and starts.diff()[:3].tolist() == lengths
@@ -97,7 +97,8 @@ def test_row_shape_holds_what_is_packed():
         budget = rng.randint(max(lengths), 2000)
         shape = data.row_shape(lengths, 20, budget)
         assert shape.tokens % attention.BLOCK == 0 and shape.tokens < budget + attention.BLOCK
-        for indices in data.pack(lengths[:20], shape.tokens):
+        for indices in data.pack(lengths[:20], shape.tokens, most=shape.examples):
+            assert len(indices) <= shape.examples
             filler = shape.tokens - sum(lengths[i] for i in indices)
             assert filler >= 0 and max(lengths[i] for i in indices) <= shape.longest
             assert len(indices) + -(-filler // shape.longest) <= shape.documents
@@ -108,7 +109,7 @@ def test_filler_counts_for_nothing(phase):
     task = task_of(phase)
     rows = task.row(random_examples(6, 3))
     expected, gradients = loss_and_gradients(task, rows)
-    for shape in (None, data.RowShape(1024, 60, 140)):
+    for shape in (None, data.RowShape(1024, 6, 60, 140)):
         loss, with_filler = loss_and_gradients(task, padded(rows, shape))
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
         for n in gradients:

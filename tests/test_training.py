@@ -303,7 +303,7 @@ def test_every_rank_is_dealt_as_many_rows():
         def length(self, example):
             return example
     for count in range(1, 9):
-        dealt = [trainer.deal(Numbers(), list(range(10, 10 + count)), 20, rank, 3) for rank in range(3)]
+        dealt = [trainer.deal(Numbers(), list(range(10, 10 + count)), 20, None, rank, 3) for rank in range(3)]
         assert len({len(rows) for rows, _ in dealt}) == 1
         real = [e for rows, repeats in dealt for row in rows[:len(rows) - repeats] for e in row]
         assert sorted(real) == list(range(10, 10 + count))

@@ -43,6 +43,8 @@ def read_jsonl(path: str | Path) -> list[dict]:
         raise UserError(f"{path}, line {number}: broken JSON ({e.msg}, column {e.colno}); mend or delete it") from None
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read ({e}); fetch or make it again") from None
+    except (ValueError, RecursionError) as e:  # an integer of thousands of digits, a nest of thousands of brackets
+        raise UserError(f"{path}, line {number}: broken JSON ({e}); mend or delete it") from None
     if not rows:
         raise UserError(f"{path}: the file is empty; it needs at least one line")
     return rows
@@ -167,8 +169,7 @@ def row_shape(lengths: list[int], batch_size: float, row_tokens: int) -> RowShap
     tokens = max(expected / np.ceil(expected / row_tokens), lengths.max())
     tokens, longest = int(np.ceil(tokens / BLOCK)) * BLOCK, int(lengths.max())
     examples = int(1.25 * tokens / lengths.mean()) + 2
-    filler = max(0, tokens - examples * int(lengths.min()))  # in the fullest row
-    return RowShape(tokens, examples, examples + filler // longest + 2, longest)
+    return RowShape(tokens, examples, examples + tokens // longest + 2, longest)  # a layout shorter than `lengths` leaves more to fill
 
 
 def padded(row: Row, shape: RowShape | None = None) -> Row:

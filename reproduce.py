@@ -85,7 +85,7 @@ def write_data(source: Path, out: Path, smoke: bool) -> None:
     for name in TESTS:
         lines = lines_of(source / f"{name}.jsonl")[:4 if smoke else None]
         if name == "gsm8k-valid":
-            write("valid", [line for line in lines if json.loads(line).get("cot") != ""])
+            write("valid", [line for line in lines if json.loads(line).get("cot")])
         write(name, lines)
 
 

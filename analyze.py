@@ -37,10 +37,10 @@ def load_solutions(paths: list[str]) -> list[tuple[Problem, list[str]]]:
     solutions = {}
     for path in paths:
         for row in read_jsonl(path):
-            chain = bare_chain(text_field(row, "cot", path)).strip()
+            chain = bare_chain(text_field(row, "cot", path))
             problem = Problem(text_field(row, "problem", path), boxed(text_field(row, "cot_answer", path)) or "", chain)
             _, chains = solutions.setdefault(problem.text, (problem, []))
-            if chain and chain not in chains:
+            if chain.strip() and chain.strip() not in map(str.strip, chains):
                 chains.append(chain)
     several = [(problem, chains) for problem, chains in solutions.values() if len(chains) > 1]
     if not several:

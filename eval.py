@@ -49,7 +49,8 @@ def load_problems(path: str) -> list[Problem]:
     for row in read_jsonl(path):
         problem = text_field(row, "problem", path)
         if "answer" in row or "cot_answer" not in row:
-            answer = text_field(row, "answer", path)
+            number = row.get("answer")
+            answer = str(number) if isinstance(number, (int, float)) else text_field(row, "answer", path)
         elif (answer := boxed(text_field(row, "cot_answer", path))) is None:
             raise UserError(f"{path}, line {row['_line']}: the field \"cot_answer\" holds no \\boxed{{...}}")
         problems.append(Problem(problem, answer, bare_chain(text_field(row, "cot", path)) if row.get("cot") else None))

@@ -18,7 +18,7 @@ import torch
 
 import lora
 from model import Config, Model, rotary_frequencies
-from runs import UserError, file_hash, is_free, parser, read_json, read_tensors, run_main, write_json
+from runs import UserError, file_hash, finished_run, is_free, parser, read_json, read_tensors, run_main, write_json
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
@@ -136,6 +136,14 @@ def _unfinished(path: Path):
     raise UserError(f"{path}: this run has saved no weights yet; let it finish first")
 
 
+def starting_point(path: str | Path) -> str:
+    """The absolute path of a model to train from, so that later commands find it from anywhere: a checkpoint, or a run that is finished."""
+    config = read_json(Path(path) / "config.json")
+    if "model_type" not in config:
+        finished_run(path, config.get("command"))
+    return str(Path(path).resolve())
+
+
 def load_model(path: str | Path, device="cpu", dtype=torch.float32) -> tuple[Model, Tokenizer, dict]:
     """The merged model of a checkpoint or run, its tokenizer, and how it reasons (as PLAIN)."""
     base, adapters, reasons = resolve(path)
@@ -202,8 +210,10 @@ def save_checkpoint(model: Model, source: str | Path, out: str | Path, reasons: 
 
 
 def replace_checkpoint(model: Model, source: str | Path, out: Path, reasons: dict) -> None:
-    """save_checkpoint to `out` in place of the one that is there, if any; at every moment one of the two is whole."""
+    """save_checkpoint to `out` in place of the one that is there, if any; at every moment a whole one is at `out` or at `out`.new."""
     new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
+    if new.exists() and not out.exists():  # killed between the two renames below
+        new.rename(out)
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     save_checkpoint(model, source, new, reasons)

@@ -26,7 +26,7 @@ from runs import UserError, at_least, call, file_hash, open_run, parser, read_js
 TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
 EPOCHS = {"sft": 3.0, "encoder": 0.25, "decoder": 0.25, "joint": 1.5, "phase2": 12.0}  # in 60 minutes
 SFT = "--lr 5e-4 --batch-size 256"
-PHASE1 = "--lr 1e-3 --batch-size 256"
+PHASE1 = "--lr 3e-4 --warmup 0.1 --batch-size 256"  # at 1e-3 the latents collapsed onto one token (entropy 0)
 PHASE2 = "--lr 5e-4 --batch-size 256"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
 SMOKE = "--max-steps 2 --batch-size 4"
@@ -117,7 +117,7 @@ def main():
     p.add_argument("--minutes", type=at_least(1, float), default=60, help="of one H100 for the main variants and one seed")
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN), help="what to train")
     p.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="what to evaluate on; gsm8k-test always")
-    p.add_argument("--seeds", type=int, nargs="+", default=[1], help="all variants once for each")
+    p.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], help="all variants once for each")
     p.add_argument("--smoke", action="store_true", help="two steps on a few rows, to see that everything runs")
     p.add_argument("--report", action="store_true", help="only table and pictures, from results.json")
     args = p.parse_args()

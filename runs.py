@@ -206,18 +206,18 @@ def parser(description: str, seed: bool = True, device: bool = True) -> argparse
     """A parser with the flags that commands share."""
     p = argparse.ArgumentParser(description=description, formatter_class=_Help)
     if seed:
-        p.add_argument("--seed", type=int, default=1, help="of every random choice")
+        p.add_argument("--seed", type=at_least(0), default=1, help="of every random choice")
     if device:
         p.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     return p
 
 
 def at_least(low, kind=int):
-    """An argparse type: a number not below `low`."""
+    """An argparse type: a finite number not below `low`."""
     def number(text):
         value = kind(text)
-        if not value >= low:
-            raise argparse.ArgumentTypeError(f"must be at least {low}, not {text}")
+        if not low <= value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be a number of at least {low}, not {text}")
         return value
     number.__name__ = kind.__name__
     return number

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import Row, load_examples, num_targets, num_tokens, pack_row
+from data import Row, load_examples, num_latents, num_targets, num_tokens, pack_row
 from graphs import run_row
 import latents
-from load_hf_weights import base_dtype, load_model
+from load_hf_weights import base_dtype, load_model, starting_point
 import lora
 from masks import causal, induction, supervision
 from model import Model
@@ -59,6 +59,8 @@ class Phase1(Task):
         super().__init__()
         self.layout, self.rule = ("decoder", supervision) if segments else ("latent", causal)
         self.model, self.encoder, self.r, self.k, self.learns = encoder.model, encoder, r, k, learns
+        if k != latents.HIDDEN:
+            self.weights = self.weights | {"entropy": 0.0}  # of the latents, for metrics.jsonl: near zero they have collapsed
         self.encoder.requires_grad_(False)
         for name in learns:
             for p in lora.adapter_parameters(self.model, name).values():
@@ -78,7 +80,7 @@ class Phase1(Task):
         return sum(num_tokens(layout, example, self.r) for layout in ("encoder", self.layout))
 
     def counts(self, examples):
-        return {"ce": sum(num_targets(self.layout, e, self.r) for e in examples)}
+        return {"ce": sum(num_targets(self.layout, e, self.r) for e in examples), "entropy": sum(num_latents(e, self.r) for e in examples)}
 
     def row(self, examples):
         return Rows(pack_row("encoder", examples, self.r), pack_row(self.layout, examples, self.r))
@@ -90,7 +92,8 @@ class Phase1(Task):
         x = self.model.embed_tokens(row.ids)
         x = x.index_copy(0, row.latent_index, latents.embed(*alpha, E.detach(), self.k).to(x.dtype))
         h = run_row(self.model, x, row, self.rule, "decoder")
-        return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
+        parts, probs = {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}, alpha[0].detach()
+        return parts if self.k == latents.HIDDEN else parts | {"entropy": -torch.xlogy(probs, probs).sum()}
 
     def save(self, out: Path):
         query = {"latent_query": self.encoder.latent_query}
@@ -128,7 +131,7 @@ def main():
         raise UserError("--model: name the CoT-SFT model to start from (or --init, a phase 1 run)")
     if args.step != "encoder" and not args.init:
         raise UserError(f"--init: the step {args.step} starts from a run of the step before; name it")
-    args.model = args.model and str(Path(args.model).resolve())  # later commands find it from anywhere
+    args.model = args.model and starting_point(args.model)
     before = finished_run(args.init, "train_phase1") if args.init else {}
     for key, default in (("model", None), ("compression", 2), ("top_k", 10), ("lora_rank", 64), ("no_induction", False),
                          ("no_segments", False)):

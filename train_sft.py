@@ -12,7 +12,7 @@ from pathlib import Path
 from data import load_examples, num_targets, num_tokens, pack_row
 from graphs import run_row
 import latents
-from load_hf_weights import PLAIN, base_dtype, load_model, replace_checkpoint, resolve
+from load_hf_weights import PLAIN, base_dtype, load_model, replace_checkpoint, resolve, starting_point
 from masks import causal
 from runs import parser, run_main, start
 from trainer import Task, add_training_arguments, train
@@ -47,7 +47,7 @@ def main():
     p.add_argument("--no-chain", action="store_true", help="leave the chains out: the answer-only baseline")
     add_training_arguments(p, lr=2e-5, epochs=3, lora_rank=None)
     args = p.parse_args()
-    args.command, args.model = "train_sft", str(Path(args.model).resolve())
+    args.command, args.model = "train_sft", starting_point(args.model)
     rank, world, device = start(args.device)
     model, tokenizer, _ = load_model(args.model, device)
     examples = load_examples(args.data, tokenizer, chain=not args.no_chain)

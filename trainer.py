@@ -57,7 +57,7 @@ def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float,
     p.add_argument("--data", required=True, help="training .jsonl or .jsonl.gz: problem, cot, cot_answer")
     p.add_argument("--valid", help="like --data; its loss is measured now and then")
     p.add_argument("--out", required=True, help="run directory; the same command goes on where it stopped")
-    p.add_argument("--epochs", type=at_least(0, float), default=epochs, help="passes over the data")
+    p.add_argument("--epochs", type=at_least(0.001, float), default=epochs, help="passes over the data")
     p.add_argument("--max-steps", type=at_least(1), help="optimizer steps, instead of --epochs")
     p.add_argument("--batch-size", type=at_least(1), default=128, help="examples per step, over all ranks")
     p.add_argument("--row-tokens", type=at_least(1), default=8192, help="tokens of a packed row, that is of a micro-batch")

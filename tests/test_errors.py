@@ -38,7 +38,8 @@ LINE = {"problem": "1+1", "cot": "2", "cot_answer": "\\boxed{2}"}
 
 @pytest.mark.parametrize("text,words", [
     (json.dumps(LINE) + "\n{\"problem\": \n", ["line 2", "broken JSON"]),
-    (json.dumps(LINE) + "\n[1]\n", ["line 2", "not a JSON object"]),
+    (json.dumps(LINE) + "\n[1]\n", ["line 2", "not a JSON object"]), (json.dumps(LINE) + "\n" + "1" * 5000, ["line 2", "broken JSON"]),
+    ("[" * 100_000, ["line 1", "broken JSON"]),
     (json.dumps(LINE) + "\n\n" + json.dumps({k: v for k, v in LINE.items() if k != "cot"}), ["line 3", '"cot" is missing']),
     (json.dumps(LINE | {"problem": "  "}), ["line 1", '"problem" is empty']),
     (json.dumps(LINE | {"cot_answer": 7}), ["line 1", '"cot_answer" is not a string']),
@@ -55,6 +56,8 @@ def test_an_unfinished_run_is_no_base(command, fails, checkpoint, data, tmp_path
     run = tmp_path / "run"
     assert command(train_phase1.main, "--step", "encoder", *sft(checkpoint(), data, run), "--lora-rank", 2)[0] == 0
     (run / "finished.json").unlink()
+    for main, step in ((train_phase1.main, ["--step", "encoder"]), (train_sft.main, [])):
+        fails(main, [*step, "--model", run, "--data", data, "--out", tmp_path / "out"], "is not finished")
     fails(train_phase1.main, ["--step", "decoder", "--init", run, "--data", data, "--out", tmp_path / "out"], "is not finished")
     fails(cache_latents.main, ["--phase1", run, "--data", data, "--out", tmp_path / "out"], "is not finished")
 
@@ -112,7 +115,7 @@ def test_unknown_architecture_and_truncated_weights(fails, checkpoint, data, tmp
 
 
 @pytest.mark.parametrize("arguments", [["--compression", 0], ["--top-k", -2], ["--compression", "two"], ["--step", "all"], ["--batch-size", 0],
-                                       ["--lora-dropout", 1.5], ["--warmup", 100]])
+                                       ["--lora-dropout", 1.5], ["--warmup", 100], ["--seed", -1], ["--epochs", 0], ["--epochs", "inf"]])
 def test_bad_numbers(fails, checkpoint, data, tmp_path, arguments):
     fails(train_phase1.main, ["--step", "encoder", *sft(checkpoint(), data, tmp_path / "out"), *arguments], arguments[0], code=2)
     assert not (tmp_path / "out").exists()

@@ -72,7 +72,7 @@ def losses_and_gradients(task, examples, device, shape=None):
         p.grad.zero_()
     counts = task.counts(examples)
     parts = task(data.to_device(task.row(examples), device, shape))
-    means = {key: part / counts[key] for key, part in parts.items()}
+    means = {key: task.weights[key] * part / counts[key] for key, part in parts.items()}
     sum(means.values()).backward()
     return {key: m.item() for key, m in means.items()}, {n: p.grad.double().cpu() for n, p in learned.items()}
 

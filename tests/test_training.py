@@ -96,6 +96,9 @@ def test_phase1_loss(checkpoint, examples, kind, tied, r, k):
     expected = oracle.phase1_loss(*hf, list(map(theirs, examples)), query, r, k)
     loss, gradients = mean_loss(task, examples)
     assert loss == pytest.approx(expected.item(), abs=1e-4)
+    alphas = torch.cat([oracle.latents(hf[0], theirs(e), query, r, k, hf[1].get_input_embeddings().weight)[0] for e in examples])
+    entropy = task(task.row(examples))["entropy"].item() / task.counts(examples)["entropy"]
+    assert entropy == pytest.approx(-torch.xlogy(alphas, alphas).sum(-1).mean().item(), abs=1e-4)
     expected.backward()
     torch.testing.assert_close(gradients["encoder.latent_query"].double(), query.grad, atol=1e-4, rtol=1e-3)
 

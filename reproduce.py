@@ -5,9 +5,9 @@
     python reproduce.py --out results/smollm2 --report                                        # table and pictures again
 
 DIR holds gsm8k-train.jsonl, gsm8k-valid.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
-done by the project's own scripts; what is finished is not done again. --minutes are those of one H100 for the MAIN variants and one seed,
-and scale the epochs; time per problem counts all that an evaluation does, a GPU's compilation too. Writes OUT/results.json, OUT/table.md,
-OUT/length.svg and OUT/time.svg.
+done by the project's own scripts; what is finished is not done again. --minutes scale the epochs: about those of one H100 for the MAIN
+variants and one seed, as far as the speed of each stage tells. Time per problem counts all that an evaluation does, a GPU's
+compilation too. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
 """
 
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ def main():
     p.add_argument("--model", help="checkpoint directory to start from")
     p.add_argument("--data", help="directory of the data files")
     p.add_argument("--out", required=True, help="directory of everything that is made")
-    p.add_argument("--minutes", type=at_least(1, float), default=60, help="of one H100 for the main variants and one seed")
+    p.add_argument("--minutes", type=at_least(1, float), default=60, help="scale the epochs; an estimate of one H100's for the main variants and one seed")
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN), help="what to train")
     p.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="what to evaluate on; gsm8k-test always")
     p.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], help="all variants once for each")

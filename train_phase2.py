@@ -128,7 +128,7 @@ def main():
     made_from = identity(args.phase1, args.data, len(plain), args.compression, args.top_k)
     examples = with_latents(plain, read_cache(args.cache, made_from))
     valid = None
-    if args.valid:  # a few latents: made now, by the encoder on its own base
+    if args.valid:  # a few latents: made now, by the encoder on its own base, a second whole copy for as long as that takes
         plain = load_examples(args.valid, tokenizer)
         encoder = finished_encoder(args.phase1, device)
         valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))

@@ -11,6 +11,7 @@ import torch
 from data import read_jsonl
 import eval as evaluation
 from grade import Grader, boxed
+from runs import UserError
 
 
 @pytest.fixture(scope="module")
@@ -184,6 +185,15 @@ def test_bad_calls_cost_nothing(command, checkpoint, data, tmp_path):
         code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / out, *ARGUMENTS, *flags)
         assert code == 1 and message in error and error.count("\n") == 1
         assert not list((tmp_path / out).glob("*predictions*"))
+
+
+def test_an_answer_may_be_a_number(tmp_path):
+    path = tmp_path / "numbers.jsonl"
+    path.write_text('{"problem": "6 * 7?", "answer": 42}\n{"problem": "1 / 2?", "answer": 0.5}\n')
+    assert [p.answer for p in evaluation.load_problems(path)] == ["42", "0.5"]
+    path.write_text('{"problem": "6 * 7?", "answer": [42]}\n')
+    with pytest.raises(UserError, match='line 1: the field "answer" is not a string'):
+        evaluation.load_problems(path)
 
 
 def test_chains_of_a_benchmark_are_those_of_training(tmp_path):

@@ -70,7 +70,7 @@ def path_score(mass: torch.Tensor, matching: list[int]) -> float:
 def effective_paths(scores: list[float]) -> float:
     """N_eff = exp(entropy(softmax(scores)))."""
     p = torch.tensor(scores, dtype=torch.float64).softmax(0)
-    return float(torch.exp(-torch.xlogy(p, p).sum()))
+    return float(latents.entropy(p).exp())
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from tqdm import tqdm
 from cache_latents import encode
 from data import Example, bare_chain, read_jsonl, text_field
 from grade import Grader, boxed
+from latents import entropy
 from load_hf_weights import base_dtype, fingerprint, load_model
 from runs import UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, run_main, start, write_json, write_text
 from sample import OPENING, Result, Sampling, add_sampling_arguments, generate, sampling
@@ -50,7 +51,7 @@ def load_problems(path: str) -> list[Problem]:
         problem = text_field(row, "problem", path)
         if "answer" in row or "cot_answer" not in row:
             number = row.get("answer")
-            answer = str(number) if isinstance(number, (int, float)) else text_field(row, "answer", path)
+            answer = str(number) if type(number) in (int, float) else text_field(row, "answer", path)  # true is no number
         elif (answer := boxed(text_field(row, "cot_answer", path))) is None:
             raise UserError(f"{path}, line {row['_line']}: the field \"cot_answer\" holds no \\boxed{{...}}")
         problems.append(Problem(problem, answer, bare_chain(text_field(row, "cot", path)) if row.get("cot") else None))
@@ -98,7 +99,7 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
             "reference": problem.answer, "correct": grader.grade(problem.answer, text),
             "chain_length": len(chain) + len(latents), "answer_tokens": len(answer), "finished": result.finished}
     if latents:
-        line["entropy"] = round(float(-torch.xlogy(result.probs, result.probs).sum(-1).mean()), 4)
+        line["entropy"] = round(float(entropy(result.probs).mean()), 4)
         written = tokenizer.encode(problem.chain) if problem.chain else []
         line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written, r) for k in (5, 10) if k <= result.ids.shape[1]}
     return line

@@ -145,6 +145,11 @@ def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, labels: torch
     return kl_divergence(hidden_states, head, ones[:, None], labels[:, None], ones)
 
 
+def entropy(probs: torch.Tensor) -> torch.Tensor:
+    """-sum_k p_k log p_k of each distribution of probs [..., k], in nats."""
+    return -torch.xlogy(probs, probs).sum(-1)
+
+
 def squared_error(hidden_states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """sum_n weights_n |h_n - t_n|^2 / hidden_size, in float32: what stands for the KL where latents are hidden states [N, hidden_size]."""
     return (weights * (precise(hidden_states) - precise(targets)).square().mean(-1)).sum()

@@ -138,9 +138,10 @@ def _unfinished(path: Path):
 
 def starting_point(path: str | Path) -> str:
     """The absolute path of a model to train from, so that later commands find it from anywhere: a checkpoint, or a run that is finished."""
+    resolve(path)  # says so if it is neither
     config = read_json(Path(path) / "config.json")
     if "model_type" not in config:
-        finished_run(path, config.get("command"))
+        finished_run(path, config["command"])
     return str(Path(path).resolve())
 
 

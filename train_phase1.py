@@ -92,8 +92,8 @@ class Phase1(Task):
         x = self.model.embed_tokens(row.ids)
         x = x.index_copy(0, row.latent_index, latents.embed(*alpha, E.detach(), self.k).to(x.dtype))
         h = run_row(self.model, x, row, self.rule, "decoder")
-        parts, probs = {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}, alpha[0].detach()
-        return parts if self.k == latents.HIDDEN else parts | {"entropy": -torch.xlogy(probs, probs).sum()}
+        parts = {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
+        return parts if self.k == latents.HIDDEN else parts | {"entropy": latents.entropy(alpha[0].detach()).sum()}
 
     def save(self, out: Path):
         query = {"latent_query": self.encoder.latent_query}

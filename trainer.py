@@ -25,7 +25,7 @@ from runs import (Stopper, UserError, at_least, file_hash, from_rank0, open_run,
 
 
 class Task(nn.Module):
-    """What `train` trains. Parameters with requires_grad learn; `weights` says how the loss parts add up."""
+    """What `train` trains. Parameters with requires_grad learn; `weights` says how the loss parts add up, one of weight 0 is only told."""
     weights: dict[str, float] = {"ce": 1.0}
 
     def length(self, example) -> int:
@@ -47,6 +47,10 @@ class Task(nn.Module):
     def forward(self, row) -> dict[str, torch.Tensor]:
         """The loss parts of a row, each a float32 sum."""
         raise NotImplementedError
+
+    def loss(self, parts: dict, counts: dict[str, float]) -> torch.Tensor:
+        """What a row's `parts` add to the loss of a batch that has these `counts`."""
+        return sum(self.weights[k] * part / counts[k] for k, part in parts.items())
 
     def save(self, out: Path) -> None:
         """Writes what was learned into the run directory."""
@@ -247,7 +251,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             counts, sums = task.counts(batch), {k: 0.0 for k in task.weights}
             for i, row in enumerate(rows, repeats):
                 parts, real = task(to_device(row.result(), device, shape)), float(i < len(rows))
-                sum(real * task.weights[k] * part / counts[k] for k, part in parts.items()).backward()
+                (real * task.loss(parts, counts)).backward()
                 sums = {k: sums[k] + real * parts[k].detach() for k in sums}
             if world > 1:
                 dist.all_reduce(gradients)

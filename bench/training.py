@@ -107,7 +107,7 @@ def ours(phase: int, batches, args, device):
     def step(i, learn=True):
         counts, total = task.counts(batches[i]), 0.0
         for row in rows[i]:
-            loss = sum(task.weights[k] * part / counts[k] for k, part in task(data.to_device(row, device, shape)).items())
+            loss = task.loss(task(data.to_device(row, device, shape)), counts)
             total += loss.detach()
             if learn:
                 loss.backward()

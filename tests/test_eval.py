@@ -191,9 +191,10 @@ def test_an_answer_may_be_a_number(tmp_path):
     path = tmp_path / "numbers.jsonl"
     path.write_text('{"problem": "6 * 7?", "answer": 42}\n{"problem": "1 / 2?", "answer": 0.5}\n')
     assert [p.answer for p in evaluation.load_problems(path)] == ["42", "0.5"]
-    path.write_text('{"problem": "6 * 7?", "answer": [42]}\n')
-    with pytest.raises(UserError, match='line 1: the field "answer" is not a string'):
-        evaluation.load_problems(path)
+    for answer in ("[42]", "true"):
+        path.write_text('{"problem": "6 * 7?", "answer": %s}\n' % answer)
+        with pytest.raises(UserError, match='line 1: the field "answer" is not a string'):
+            evaluation.load_problems(path)
 
 
 def test_chains_of_a_benchmark_are_those_of_training(tmp_path):

@@ -31,7 +31,7 @@ from grade import Grader, boxed
 from latents import entropy
 from load_hf_weights import base_dtype, fingerprint, load_model
 from runs import UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, run_main, start, write_json, write_text
-from sample import OPENING, Result, Sampling, add_sampling_arguments, generate, sampling
+from sample import OPENING, Result, Sampling, add_sampling_arguments, sampler, sampling
 from tokenizer import Tokenizer
 from train_phase1 import finished_encoder
 
@@ -150,12 +150,13 @@ class Done:
                 ids = ids.reshape(probs.shape)
                 self.results[row["number"]] = Result(probs, ids, row["tokens"], row["finished"])
                 self.seconds = max(self.seconds, row["seconds"])
-        self.begin, self.mine = time.time(), path.with_name(f".{path.name}.{rank}.partial")
+        self.mine = path.with_name(f".{path.name}.{rank}.partial")
 
     def __enter__(self):
         self.mine.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.mine, "a", encoding="utf-8")
         self.file.write("\n")  # ends a broken line
+        self.begin = time.time()
         return self
 
     def __exit__(self, *_):
@@ -170,19 +171,21 @@ class Done:
 
 
 def sampled(model, tokenizer, problems, args, settings, path: Path, rank: int, world: int, given=None) -> tuple[dict, float]:
-    """The results of all samples by number (problem times samples plus sample), and the seconds that it took."""
+    """The results of all samples by number (problem times samples plus sample), and the seconds that it took, a GPU's compilation left out."""
     done = Done(path, rank)
     total = len(problems) * args.samples
     numbers = [n for n in range(total) if n not in done.results][rank::world]
     if dist.is_initialized():
         dist.barrier()  # all have read what there was before anybody writes
+    thinker = sampler(model, tokenizer, settings, args.batch_size)
+    prompts, given = [tokenizer.prompt(problems[n // args.samples].text) for n in numbers], given and [given[n] for n in numbers]
+    if numbers:
+        thinker.make_room(prompts, given)
     with done, tqdm(total=len(numbers), desc=path.name, disable=rank > 0, mininterval=1, dynamic_ncols=True) as bar:
         def progress(i, result):
             done.add(numbers[i], result)
             bar.update()
-        if numbers:
-            generate(model, tokenizer, [problems[n // args.samples].text for n in numbers], settings, args.batch_size,
-                     numbers=numbers, progress=progress, given=given and [given[n] for n in numbers])
+        thinker.generate(prompts, numbers, progress, given)
     if dist.is_initialized():
         dist.barrier()
     everything = Done(path, rank)

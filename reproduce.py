@@ -6,8 +6,7 @@
 
 DIR holds gsm8k-train.jsonl, gsm8k-valid.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
 done by the project's own scripts; what is finished is not done again. --minutes scale the epochs: about those of one H100 for the MAIN
-variants and one seed, as far as the speed of each stage tells. Time per problem counts all that an evaluation does, a GPU's
-compilation too. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
+variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
 """
 
 from dataclasses import dataclass

@@ -154,8 +154,7 @@ class Sampler:
         if not prompts:
             return []
         s, results, numbers = self.settings, [None] * len(prompts), range(len(prompts)) if numbers is None else numbers
-        thoughts = max(len(ids) for _, ids in given) if s.latents == "given" else s.max_latents if s.thinking == "latent" else 0
-        self._make_room(len(prompts), max(map(len, prompts)), thoughts)
+        self.make_room(prompts, given)
         self.state.active.zero_()
         running, waiting = {}, list(range(len(prompts)))[::-1]  # running: row -> [place of its prompt, tokens read]
 
@@ -183,10 +182,15 @@ class Sampler:
                 watch(running[row][0], result)
         return results
 
-    def _make_room(self, prompts: int, longest: int, thoughts: int) -> None:
-        """Cache and state for as many rows as are wanted and fit, others wait; what is there from before is kept if it will do."""
-        s, config, dtype, wanted = self.settings, self.model.config, self.model.embed_tokens.weight.dtype, min(self.batch_size, prompts)
-        length = -(-(longest + thoughts + len(self.end_think) + s.max_new_tokens + self.steps) // BLOCK) * BLOCK
+    @torch.no_grad()
+    def make_room(self, prompts: list[list[int]], given=None) -> None:
+        """Cache and state for as many rows as are wanted and fit, others wait; what is there from before is kept if it will do.
+
+        On a GPU a step is compiled and recorded here. `generate` does it anyway; call it first where time is taken.
+        """
+        s, config, dtype, wanted = self.settings, self.model.config, self.model.embed_tokens.weight.dtype, min(self.batch_size, len(prompts))
+        thoughts = max(len(ids) for _, ids in given) if s.latents == "given" else s.max_latents if s.thinking == "latent" else 0
+        length = -(-(max(map(len, prompts)) + thoughts + len(self.end_think) + s.max_new_tokens + self.steps) // BLOCK) * BLOCK
         if self.room and self.room[0] == wanted and self.room[1] >= length and self.room[2] >= thoughts:
             return
         self.room, self.cache, self.replay = (wanted, length, thoughts), None, None

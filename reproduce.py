@@ -5,7 +5,8 @@
     python reproduce.py --out results/smollm2 --report                                        # table and pictures again
 
 DIR holds gsm8k-train.jsonl, gsm8k-valid.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
-done by the project's own scripts; what is finished is not done again. --minutes scale the epochs: about those of one H100 for the MAIN
+done by the project's own scripts; what is finished is not done again. Of each variant the model is chosen, out of three along its
+training, that is right most often on gsm8k-valid. --minutes scale the epochs: about those of one H100 for the MAIN
 variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
 """
 
@@ -28,6 +29,7 @@ SFT = "--lr 5e-4 --batch-size 256"
 PHASE1 = "--lr 3e-4 --warmup 0.1 --batch-size 256"  # at 1e-3 the latents collapsed onto one token (entropy 0)
 PHASE2 = "--lr 5e-4 --batch-size 256"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
+KEEP = "--keep 2"  # and the end: what is right most often on gsm8k-valid is chosen
 SMOKE = "--max-steps 2 --batch-size 4"
 ARMS = "forced floor random other argmax cut-4"  # what the latents are good for, on gsm8k-test
 
@@ -92,15 +94,24 @@ def train_variant(v: Variant, base: Path, out: Path, data: Path, device: str, ho
     """The run directory of a variant, trained in `out`; `how(stage)` are the flags of a stage."""
     files = {"data": data / ("small.jsonl" if v.small else "train.jsonl"), "valid": data / "valid.jsonl"}
     if not v.r:
-        call("train_sft.py", f"{SFT} {v.sft} {how('sft')}", model=base, out=out / "sft", **files)
+        call("train_sft.py", f"{SFT} {KEEP} {v.sft} {how('sft')}", model=base, out=out / "sft", **files)
         return out / "sft"
     steps = {step: out / step for step in ("encoder", "decoder", "joint", "cache", "latent")}
     for step, flags in (("encoder", f"--compression {v.r} {v.phase1}"), ("decoder", ""), ("joint", "")):
         origin = {"model": base} if step == "encoder" else {"init": steps["encoder" if step == "decoder" else "decoder"]}
         call("train_phase1.py", f"--step {step} {flags} {PHASE1} {how(step)}", **origin, out=steps[step], **files)
     call("cache_latents.py", device, phase1=steps["joint"], data=files["data"], out=steps["cache"])
-    call("train_phase2.py", f"{PHASE2} {v.phase2} {how('phase2')}", phase1=steps["joint"], cache=steps["cache"], out=steps["latent"], **files)
+    call("train_phase2.py", f"{PHASE2} {KEEP} {v.phase2} {how('phase2')}", phase1=steps["joint"], cache=steps["cache"], out=steps["latent"], **files)
     return steps["latent"]
+
+
+def choose(run: Path, home: Path, flags: str, valid: Path) -> tuple[Path, dict[str, float]]:
+    """Of a run and what it kept on its way, the model that is right most often on gsm8k-valid; accuracy in % of each."""
+    models, found = [run, *sorted(run.glob("step-*"))], {}
+    for model in models:
+        call("eval.py", flags, model=model, data=valid, out=home / f"valid-{model.name}")
+        found[model.name] = read_json(home / f"valid-{model.name}" / f"{valid.stem}.json")["accuracy"]
+    return max(models, key=lambda model: found[model.name]), found
 
 
 def summaries(directory: Path) -> dict[str, dict]:
@@ -151,22 +162,24 @@ def train_all(args, out: Path, results: Path) -> None:
         names = [name for name in VARIANTS if name in args.variants]
         if any(VARIANTS[name].r for name in names) and "CoT-SFT" not in names:
             names.insert(0, "CoT-SFT")  # phase 1 starts there
+        cot_sft = None
         for name in names:
             v = VARIANTS[name]
             print(f"\n{name}, seed {seed}", flush=True)
-            start = home / "CoT-SFT" / "sft" if v.r else Path(args.model)
-            run = train_variant(v, start, home / name, data, device, partial(how, v=v))
+            run = train_variant(v, cot_sft if v.r else Path(args.model), home / name, data, device, partial(how, v=v))
             flags = f"{EVAL} {device}" + (" --max-latents 8 --max-new-tokens 8 --batch-size 4" if args.smoke else "")
             of = lambda test: data / f"{test}.jsonl"
+            run, on_valid = choose(run, home / name, flags, of("gsm8k-valid"))
+            cot_sft = run if name == "CoT-SFT" else cot_sft
             call("eval.py", flags, model=run, data=[of(test) for test in TESTS if test in (*args.tests, "gsm8k-test")], out=home / name / "eval")
             if v.r and v.ceiling:  # what the decoder of phase 1 and the student can do, given the encoder's latents
-                for stage in ("joint", "latent"):
-                    call("eval.py", f"{flags} --arms written", model=home / name / stage, data=of("valid"), out=home / name / f"eval-{stage}")
+                for stage, model in (("joint", home / name / "joint"), ("latent", run)):
+                    call("eval.py", f"{flags} --arms written", model=model, data=of("valid"), out=home / name / f"eval-{stage}")
             if v.arms:
                 call("eval.py", f"{flags} --arms {ARMS}", model=run, data=of("gsm8k-test"), out=home / name / "eval")
             found["runs"].setdefault(name, {})[f"seed{seed}"] = summaries(home / name / "eval") | {
                 f"{stage}.{key}": s for stage in ("joint", "latent") for key, s in summaries(home / name / f"eval-{stage}").items()} | {
-                "made": {"device": gpu, "torch": torch.__version__}}
+                "made": {"device": gpu, "torch": torch.__version__, "chosen": run.name, "on_valid": on_valid}}
             write_json(results, found)
 
 

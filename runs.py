@@ -151,7 +151,7 @@ def fused(function, x: torch.Tensor):
 
 # ---- run directories ----
 
-FREE = {"out", "device", "save_every", "valid_every", "shard", "checkpoint_activations"}  # may differ when a run goes on
+FREE = {"out", "device", "save_every", "valid_every", "keep", "shard", "checkpoint_activations"}  # may differ when a run goes on
 
 
 def is_free(out: Path) -> bool:

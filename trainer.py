@@ -20,8 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from data import RowShape, pack, row_shape, to_device
-from runs import (Stopper, UserError, at_least, file_hash, from_rank0, open_run, read_tensors, share, write_json,
-                  write_tensors, write_text)
+from runs import (Stopper, UserError, at_least, file_hash, from_rank0, open_run, read_json, read_tensors, share,
+                  write_json, write_tensors, write_text)
 
 
 class Task(nn.Module):
@@ -71,6 +71,7 @@ def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float,
     p.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm; 0: any")
     p.add_argument("--valid-every", type=at_least(1), help="steps between validations; default: a tenth of the run")
     p.add_argument("--save-every", type=at_least(1), default=200, help="steps between resumable states")
+    p.add_argument("--keep", type=at_least(0), default=0, help="models to keep on the way, at even distances: OUT/step-N, each as good as a run")
     if lora_rank:
         p.add_argument("--lora-rank", type=at_least(1), default=lora_rank, help="rank of new adapters; alpha is twice that")
         p.add_argument("--lora-dropout", type=share, default=0.1, help="dropout before new adapters")
@@ -231,6 +232,16 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             task.save(out)
             _save_state(out / "resume.safetensors", step, learned, optimizer)
 
+    keeping = {steps * i // (args.keep + 1) for i in range(1, args.keep + 1)}
+
+    def keep(step):
+        if rank == 0:
+            kept = out / f"step-{step}"
+            kept.mkdir(exist_ok=True)
+            task.save(kept)
+            write_json(kept / "config.json", read_json(out / "config.json"))
+            write_json(kept / "finished.json", {"steps": step})  # the last: until then nobody takes it for whole
+
     metrics = open(out / "metrics.jsonl", "a", encoding="utf-8") if rank == 0 else None
     record = (lambda **values: print(json.dumps(values), file=metrics, flush=True)) if rank == 0 else (lambda **_: None)
     begin, loss, last_valid = time.time(), None, None
@@ -279,6 +290,8 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             if valid and ((step + 1) % valid_every == 0 or step + 1 == steps):
                 last_valid = evaluate(task, valid, args.row_tokens, shape, rank, world, device)
                 record(step=step + 1, **{f"valid_{k}": v for k, v in last_valid.items()})
+            if step + 1 in keeping:
+                keep(step + 1)
             if stop or (step + 1) % args.save_every == 0 or step + 1 == steps:
                 save(step + 1)
             if stop and step + 1 < steps:

@@ -18,7 +18,9 @@ def test_smoke(command, checkpoint, data, tmp_path):
     results = json.loads((out / "results.json").read_text())
     assert set(results["runs"]) == {"CoT-SFT", "Latent-r2"} and results["smoke"]
     latent = results["runs"]["Latent-r2"]["seed1"]
-    assert latent["made"]["device"] == "CPU"
+    made = latent["made"]
+    assert made["device"] == "CPU" and set(made["on_valid"]) == {"latent", "step-1"}
+    assert made["on_valid"][made["chosen"]] == latent["gsm8k-valid"]["accuracy"] == max(made["on_valid"].values())
     assert {"gsm8k-valid", "gsm8k-test", "gsm8k-test.floor", "gsm8k-test.cut-4", "joint.valid.written",
             "latent.valid.written"} <= set(latent)
     assert latent["gsm8k-valid"]["count"] == 4 and latent["joint.valid.written"]["count"] == 3

@@ -15,6 +15,7 @@ from data import load_examples
 from load_hf_weights import load_checkpoint, load_model
 import lora
 import oracle
+from runs import finished_run
 import train_phase1
 from train_phase1 import Encoder, Phase1
 from train_phase2 import LatentExample, Phase2
@@ -236,8 +237,8 @@ def losses(run: Path) -> list:
 
 
 def test_stop_and_resume(command, checkpoint, data, tmp_path, monkeypatch):
-    """A run stopped at step 5 of 8 (dropout on) goes on with the very losses of one that was not stopped."""
-    arguments = ["--max-steps", 8, "--lora-dropout", 0.2, "--save-every", 100]
+    """A run stopped at step 5 of 8 (dropout on) goes on with the very losses of one that was not stopped; so do the models it keeps."""
+    arguments = ["--max-steps", 8, "--lora-dropout", 0.2, "--save-every", 100, "--keep", 3]
     assert command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "whole", *arguments))[0] == 0
 
     real, count = trainer.nn.utils.clip_grad_norm_, [0]
@@ -252,10 +253,14 @@ def test_stop_and_resume(command, checkpoint, data, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", interrupt)
     code, printed, _ = command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "stopped", *arguments))
     assert code == 130 and "stopped after step 5 of 8" in printed and len(losses(tmp_path / "stopped")) == 5
+    assert sorted(p.name for p in (tmp_path / "stopped").glob("step-*")) == ["step-2", "step-4"]
     assert command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "stopped", *arguments))[0] == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
-    a, b = (trainer.read_tensors(tmp_path / x / "encoder.safetensors")[0] for x in ("stopped", "whole"))
-    assert all(torch.equal(a[n], b[n]) for n in a)
+    for model in (".", "step-2", "step-4", "step-6"):
+        a, b = (trainer.read_tensors(tmp_path / x / model / "encoder.safetensors")[0] for x in ("stopped", "whole"))
+        assert all(torch.equal(a[n], b[n]) for n in a)
+        assert finished_run(tmp_path / "whole" / model, "train_phase1")["max_steps"] == 8
+    assert not torch.equal(a["latent_query"], trainer.read_tensors(tmp_path / "whole" / "encoder.safetensors")[0]["latent_query"])
     code, printed, _ = command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "stopped", *arguments))
     assert code == 0 and "finished already" in printed
 

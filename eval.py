@@ -112,7 +112,10 @@ def pass_at(k: int, samples: int, right: int) -> float:
 
 def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
     """Accuracy in percent with a 95% normal interval over problems, pass@k, #L (chain_length), answer tokens, the entropy
-    (in nats) of latents, ECR@K where there are chains, and seconds per sample. `predictions`: those of the first problem, then those of the second, ..."""
+    (in nats) of latents, ECR@K where there are chains, and seconds per sample.
+
+    `predictions`: those of the first problem, then those of the second, ...
+    """
     n = len(predictions) // samples
     right = [sum(p["correct"] for p in predictions[i * samples:(i + 1) * samples]) for i in range(n)]
     accuracy = sum(right) / samples / n
@@ -202,7 +205,8 @@ def written_latents(run: str, problems: list[Problem], tokenizer: Tokenizer, dev
     phase1 = phase1_of(run)
     config = finished_run(phase1, "train_phase1")
     examples = [Example(tokenizer.prompt(p.text), tokenizer.encode(p.chain), tokenizer.end_think, []) for p in problems]
-    return [(probs.float(), ids.long()) for probs, ids in encode(finished_encoder(phase1, device), examples, config["compression"], config["top_k"], 8192, device)]
+    encoded = encode(finished_encoder(phase1, device), examples, config["compression"], config["top_k"], 8192, device)
+    return [(probs.float(), ids.long()) for probs, ids in encoded]
 
 
 def evaluate(model, tokenizer, problems, args, free: Sampling, name: str, r: int, path: Path, made_with: dict, rank, world) -> dict:

@@ -124,7 +124,8 @@ def main():
     p.add_argument("--model", help="checkpoint directory to start from")
     p.add_argument("--data", help="directory of the data files")
     p.add_argument("--out", required=True, help="directory of everything that is made")
-    p.add_argument("--minutes", type=at_least(1, float), default=60, help="scale the epochs; an estimate of one H100's for the main variants and one seed")
+    p.add_argument("--minutes", type=at_least(1, float), default=60,
+                   help="scale the epochs; an estimate of one H100's for the main variants and one seed")
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN), help="what to train")
     p.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="what to evaluate on; gsm8k-test always")
     p.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], help="all variants once for each")
@@ -152,7 +153,8 @@ def train_all(args, out: Path, results: Path) -> None:
     small, whole = (sum(1 for _ in open(data / f"{name}.jsonl", encoding="utf-8")) for name in ("small", "train"))
     found = read_json(results) if results.exists() else {"runs": {}}
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
-    found |= {"model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke, "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
+    found |= {"model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
+              "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
               "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "eval": EVAL}}
     for seed in args.seeds:
         def how(stage, v):
@@ -187,7 +189,8 @@ def report(found: dict, out: Path) -> None:
     """table.md, length.svg and time.svg from results.json."""
     tests = [t for t in TESTS if any(t in s for seeds in found["runs"].values() for s in seeds.values())]
     lines = [f"{found['model']}, " + ("SMOKE: two steps of everything" if found["smoke"] else f"a budget of {found['minutes']:g} minutes") + "\n",
-             "| | seed | " + " | ".join(f"{t} %" for t in tests) + " | #L, gsm8k-test | ms per problem | phase 1 on valid % | student, its latents | on |",
+             "| | seed | " + " | ".join(f"{t} %" for t in tests) + " | #L, gsm8k-test | ms per problem | phase 1 on valid % "
+             "| student, its latents | on |",
              "| --- | --- |" + " --- |" * (len(tests) + 5)]
     points = []
     for name, seeds in found["runs"].items():

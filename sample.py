@@ -32,9 +32,10 @@ class Sampling:
     """How to think and answer.
 
     thinking: "latent", or "text" (the chain is written, as part of the answer), or "none" (</think> at once).
-    top_k: tokens in a superposition, 0 for the full vocabulary, latents.HIDDEN to think in hidden states. temperature 0 is greedy. noise, noise_temperature: those of
-    latents.perturb while thinking; 0: none. `latents`: "own", or what is fed in the place of every latent's own: "random"
-    tokens with the same probabilities, its "argmax" alone, or those that are "given" to `generate`, all of them and no others.
+    top_k: tokens in a superposition, 0 for the full vocabulary, latents.HIDDEN to think in hidden states. temperature 0 is
+    greedy. noise, noise_temperature: those of latents.perturb while thinking; 0: none. `latents`: "own", or what is fed in the
+    place of every latent's own: "random" tokens with the same probabilities, its "argmax" alone, or those that are "given" to
+    `generate`, all of them and no others.
     forced: the answer begins with OPENING, which is not in the result. Raises UserError where that does not go together.
     """
     thinking: str = "latent"

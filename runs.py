@@ -159,21 +159,20 @@ def is_free(out: Path) -> bool:
     return not out.exists() or out.is_dir() and not any(out.iterdir())
 
 
-def open_run(out: str | Path, settings: dict) -> bool:
-    """Makes the run directory `out` with its config.json, or checks that it is this very run; True if it was there."""
+def open_run(out: str | Path, settings: dict) -> None:
+    """Makes the run directory `out` with its config.json, or checks that it is this very run."""
     out = Path(out)
     config = out / "config.json"
     if not config.exists():
         if not is_free(out):
             raise UserError(f"{out}: is there already and is no run directory; choose another --out")
         write_json(config, settings)
-        return False
+        return
     old = read_json(config)
     for key in sorted(settings.keys() | old.keys()):
         if key not in FREE and old.get(key) != settings.get(key):
             raise UserError(f"{out}: belongs to another run ({key} is {old.get(key)!r} there, {settings.get(key)!r} here); "
                             "choose another --out, or the same settings to go on")
-    return True
 
 
 class Stopper:

@@ -88,7 +88,6 @@ class Tokenizer:
 
         ranks = _mergeable_ranks(model, str(path))
         self.added = {t["content"]: t["id"] for t in added}
-        self.special = {t["content"] for t in added if t["special"]}
         self.vocab_size = max([*ranks.values(), *self.added.values()]) + 1  # the embedding may have more rows
         # A vocabulary may lack some bytes (SmolLM2 does); tokenizers drops them after the split, and so does `_encode`.
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
@@ -131,10 +130,9 @@ class Tokenizer:
         pieces = (p.encode("utf-8", "replace").translate(None, self.missing) for p in regex.findall(self.pattern, text))
         return [i for piece in pieces if piece for i in self._bpe._encode_single_piece(piece)]
 
-    def decode(self, ids, skip_special: bool = False) -> str:
+    def decode(self, ids) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD, and ids without a token are left out."""
-        skip = {self.added[t] for t in self.special} if skip_special else ()
-        return b"".join(self._bytes.get(int(i), b"") for i in ids if i not in skip).decode("utf-8", "replace")
+        return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
 
     def prompt(self, problem: str) -> list[int]:
         """`Q <think>`: the chat prompt of this family for `problem`, ready to think."""

@@ -25,6 +25,7 @@ from attention import KVCache  # noqa: E402
 from data import read_jsonl  # noqa: E402
 from latents import largest  # noqa: E402
 from load_hf_weights import hf_name, read_config  # noqa: E402
+from runs import start  # noqa: E402
 from sample import Sampler, Sampling  # noqa: E402
 from training import base_model, parser, shape_of, timed, tokenizer_of  # noqa: E402
 
@@ -72,7 +73,7 @@ def main():
     p.add_argument("--chain", type=int, default=128, help="tokens of the written chain that latents are compared with")
     p.add_argument("--top-k", type=int, default=10)
     args = p.parse_args()
-    device = torch.device(args.device)
+    device = start(args.device)[2]
     tokenizer = tokenizer_of(args)
     prompts = [tokenizer.prompt(row["problem"]) for row in read_jsonl(args.data)[:args.problems]]
     few = prompts[:args.one_by_one]

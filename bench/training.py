@@ -2,18 +2,21 @@
 
     python bench/training.py --model DIR --data gsm8k-nl-train.jsonl
     python bench/training.py --model DIR --data gsm8k-nl-train.jsonl --shape 1.24b --batch-size 32 --reference-batch-size 8 16 32
+    torchrun --nproc_per_node=2 bench/training.py --model DIR --data gsm8k-nl-train.jsonl --shape 1.24b --batch-size 512     # two GPUs beside one
 
 DIR gives tokenizer and weights; with --shape it gives the tokenizer only, and the weights are random. A step is forward,
 backward and AdamW on --batch-size examples; the reference may take another number at a time, its best one counts. First both
 sides take the loss of the same examples without dropout, and the difference is printed. Real tokens are counted (both layouts of
-phase 1; padding not), and the floating-point operations that LoRA training cannot do without: see `flops`.
+phase 1; padding not), and the floating-point operations that LoRA training cannot do without: see `flops`. Under torchrun every rank
+first takes the steps alone, then all share them; --shard spreads the frozen layers over the ranks then.
 """
 
 import argparse
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 import json
 import math
+import os
 from pathlib import Path
 import statistics
 import sys
@@ -23,16 +26,18 @@ import time
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
 
 import data  # noqa: E402
 from load_hf_weights import base_dtype, hf_name, load_checkpoint, read_config  # noqa: E402
 import lora  # noqa: E402
 from masks import causal, dense, induction, supervision  # noqa: E402
 from model import Model, rotary_frequencies  # noqa: E402
+from runs import start  # noqa: E402
 from tokenizer import Tokenizer  # noqa: E402
 from train_phase1 import LEARNS, Encoder, Phase1  # noqa: E402
 from train_phase2 import LatentExample, Phase2  # noqa: E402
-from trainer import deal, flat_gradients  # noqa: E402
+from trainer import deal, flat_gradients, shard  # noqa: E402
 import reference  # noqa: E402
 
 LLAMA3 = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -93,25 +98,39 @@ def our_task(phase: int, args, device):
     return task.to(device)
 
 
-def ours(phase: int, batches, args, device):
-    """(step function of a batch's number, loss of the first batch without dropout). Rows are built beforehand: see trainer.py."""
-    task = our_task(phase, args, device)
+def ours(phase: int, ranks: int, batches, args, device):
+    """(step function of a batch's number, loss of the first batch without dropout). Rows are built beforehand: see trainer.py.
+
+    `ranks` share each batch; 1: this one has it alone.
+    """
+    task, rank = our_task(phase, args, device), dist.get_rank() if ranks > 1 else 0
+    if args.shard and ranks > 1:
+        shard(task.model, device, ranks)
+        if device.type == "cuda":  # so far each rank had all weights
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
     learned, shape = [p for p in task.parameters() if p.requires_grad], None
     gradients, optimizer = flat_gradients(learned), torch.optim.AdamW(learned, lr=1e-6, fused=device.type == "cuda")
     if device.type == "cuda":
-        shape = data.row_shape([task.length(e) for batch in batches for e in batch], len(batches[0]), args.row_tokens)
-        task.model.graphs = None if args.checkpoint_activations else {}
-        print(f"    rows of {shape.tokens} tokens")
-    rows = [[task.row(row) for row in deal(task, batch, args.row_tokens, shape, 0, 1)[0]] for batch in batches]
+        shape = data.row_shape([task.length(e) for batch in batches for e in batch], len(batches[0]) / ranks, args.row_tokens)
+        task.model.graphs = None if args.checkpoint_activations or args.shard else {}
+        if rank == 0:
+            print(f"    rows of {shape.tokens} tokens")
+    dealt = [deal(task, batch, args.row_tokens, shape, rank, ranks) for batch in batches]
+    rows = [[task.row(row) for row in mine] for mine, _ in dealt]
 
     def step(i, learn=True):
-        counts, total = task.counts(batches[i]), 0.0
-        for row in rows[i]:
-            loss = task.loss(task(data.to_device(row, device, shape)), counts)
+        counts, total = task.counts(batches[i]), torch.zeros((), device=device)
+        for j, row in enumerate(rows[i], dealt[i][1]):
+            loss = float(j < len(rows[i])) * task.loss(task(data.to_device(row, device, shape)), counts)
             total += loss.detach()
             if learn:
                 loss.backward()
+        if ranks > 1:
+            dist.all_reduce(total)
         if learn:
+            if ranks > 1:
+                dist.all_reduce(gradients)
             torch.nn.utils.clip_grad_norm_(learned, 1.0)
             optimizer.step()
             gradients.zero_()
@@ -176,6 +195,7 @@ def measured(sides, args, device, profile_to=None) -> list:
     Nones if they do not fit. The first WARM_UP batches warm up, each of the others is timed once. Memory is what was taken
     from the GPU, the allocator's reserve included.
     """
+    torch._dynamo.reset()  # what others had compiled does not count towards the limit of versions, beyond which functions run uncompiled
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -240,7 +260,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
     p.add_argument("--shape", choices=SHAPES)
-    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--device", help="default: cuda where there is one")
     return p
 
 
@@ -255,15 +275,21 @@ def main():
     p.add_argument("--top-k", type=int, default=10)
     p.add_argument("--lora-rank", type=int, default=64)
     p.add_argument("--checkpoint-activations", action="store_true", help="ours only")
+    p.add_argument("--shard", action="store_true", help="under torchrun: every rank keeps a share of the frozen layers only")
     p.add_argument("--profile", metavar="DIR", help="also write a kernel table of a step of ours; CUDA only")
     args = p.parse_args()
-    sizes = [args.batch_size] if args.reference_batch_size is None else args.reference_batch_size
-    with shape_of(args) as args.directory:
+    rank, world, device = start(args.device)
+    sizes = [args.batch_size] if args.reference_batch_size is None and world == 1 else args.reference_batch_size or []
+    if world > 1 and sizes:
+        p.error("--reference-batch-size: the reference runs on one GPU; leave torchrun out, or this")
+    with shape_of(args) as args.directory, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout):
         args.config = read_config(args.directory)
-        run(args, sizes, torch.device(args.device), tokenizer_of(args))
+        run(args, sizes, world, device, tokenizer_of(args))
+    if world > 1:
+        dist.destroy_process_group()
 
 
-def run(args, sizes, device, tokenizer) -> None:
+def run(args, sizes, world, device, tokenizer) -> None:
     warm_up = WARM_UP[device.type]
     wanted = max([args.batch_size, *sizes]) * (warm_up + args.rounds)
     examples = data.load_examples(args.data, tokenizer)[:wanted]
@@ -284,34 +310,36 @@ def run(args, sizes, device, tokenizer) -> None:
                                for batch in batches(n)[warm_up:] for e in batch)
         n = args.batch_size
         path = args.profile and Path(args.profile) / f"{args.shape}-phase{phase}.txt"
-        sides = [(partial(ours, phase), batches(n))] + [(partial(theirs, phase), batches(m)) for m in sizes]
-        if device.type == "cpu":  # others may be at work on the machine: both sides suffer alike
-            result, *references = measured(sides, args, device)
+        sides = [("ours", n, partial(ours, phase, 1))] + [(f"ours on {world}", n, partial(ours, phase, world))] * (world > 1)
+        sides += [("reference", m, partial(theirs, phase)) for m in sizes]
+        makers = [(make, batches(m)) for _, m, make in sides]
+        if device.type == "cpu" and world == 1:  # others may be at work on the machine: both sides suffer alike
+            results = measured(makers, args, device)
         else:
-            result, *references = [measured([side], args, device, None if i else path)[0] for i, side in enumerate(sides)]
-        if result is None:
-            print(f"phase {phase}, ours, {n} examples a step: out of memory", flush=True)
-            continue
-        seconds, memory, loss = result
-        if not math.isfinite(loss):
-            raise SystemExit(f"phase {phase}: the loss is {loss}; what was timed is not worth a figure")
+            results = [measured([maker], args, device, None if i else path)[0] for i, maker in enumerate(makers)]
         needed = sum(flops(args.config, phase, batch, args) for batch in batches(n)[warm_up:])
-        share = f", {needed / seconds / PEAK[name]:.1%} of the data sheet's peak" if name in PEAK else ""
-        print(f"phase {phase}, ours, {n} examples a step: {tokens(n) / seconds:,.0f} tokens/s, {memory:.1f} GiB, "
-              f"{1000 * seconds / args.rounds:.1f} ms a step, {needed / seconds / rate:.1%} of the matrix products' rate{share}, "
-              f"loss {loss:.4f}", flush=True)
-        best = 0.0
-        for m, result in zip(sizes, references):
+        speeds = []
+        for (side, m, _), result in zip(sides, results):
+            line = f"phase {phase}, {side}, {m} examples a step: "
             if result is None:
-                print(f"phase {phase}, reference, {m} examples a step: out of memory", flush=True)
+                print(line + "out of memory", flush=True)
+                speeds.append(0.0)
                 continue
-            reference_seconds, reference_memory, reference_loss = result
-            best = max(best, tokens(m) / reference_seconds)
-            difference = f", loss differs by {abs(loss - reference_loss) / loss:.1e} of it" if m == n else ""
-            print(f"phase {phase}, reference, {m} examples a step: {tokens(m) / reference_seconds:,.0f} tokens/s, "
-                  f"{reference_memory:.1f} GiB, loss {reference_loss:.4f}{difference}", flush=True)
-        if best:
-            print(f"phase {phase}: ours is {tokens(n) / seconds / best:.2f} times as fast", flush=True)
+            seconds, memory, loss = result
+            if not math.isfinite(loss):
+                raise SystemExit(f"{line}the loss is {loss}; what was timed is not worth a figure")
+            speeds.append(tokens(m) / seconds)
+            line += f"{speeds[-1]:,.0f} tokens/s, {memory:.1f} GiB, loss {loss:.4f}"
+            if side.startswith("ours"):
+                per_rank = needed / seconds / (world if len(speeds) > 1 else 1)
+                line += f", {1000 * seconds / args.rounds:.1f} ms a step, {per_rank / rate:.1%} of the matrix products' rate"
+                line += f", {per_rank / PEAK[name]:.1%} of the data sheet's peak" if name in PEAK else ""
+            if len(speeds) > 1 and m == n and results[0]:
+                line += f", which differs from ours by {abs(loss - results[0][2]) / loss:.1e} of it"
+            print(line, flush=True)
+        if len(speeds) > 1 and speeds[0] and max(speeds[1:]):
+            ratio = speeds[1] / speeds[0] if world > 1 else speeds[0] / max(speeds[1:])
+            print(f"phase {phase}: ours is {ratio:.2f} times as fast" + (f" on {world}" if world > 1 else ""), flush=True)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,8 @@ class Row:
     """Examples packed into one row of T tokens.
 
     ids, position_ids: int [T]. labels: masks.Labels. latent_index: int [n], where the latents stand.
-    target_index, targets: int [M], positions whose next token is a label, and that label.
+    target_index, targets: int [M], positions whose next token is a label, and that label; in the encoder layout the latent of each chain
+    token, and that token.
     """
     ids: torch.Tensor
     position_ids: torch.Tensor
@@ -146,9 +147,10 @@ def pack_row(name: str, examples: list[Example], r: int = 1, ends: list[np.ndarr
     lengths = [len(p[0]) for p in parts]
     document = torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths))
     labels = Labels(document.int(), kind.int(), segment.int(), len(parts), max(lengths))
-    is_target = (kind == TEXT) | (kind == ANSWER)  # each is predicted at the position right before it
-    target_index = is_target.nonzero().squeeze(1) if name != "encoder" else torch.zeros(0, dtype=torch.long)
-    return Row(ids, positions, labels, (kind == LATENT).nonzero().squeeze(1), target_index - 1, ids[target_index])
+    is_target = kind == TEXT if name == "encoder" else (kind == TEXT) | (kind == ANSWER)
+    labeled, latent_index = is_target.nonzero().squeeze(1), (kind == LATENT).nonzero().squeeze(1)
+    target_index = latent_index[torch.searchsorted(latent_index, labeled)] if name == "encoder" else labeled - 1
+    return Row(ids, positions, labels, latent_index, target_index, ids[labeled])
 
 
 @dataclass(frozen=True)

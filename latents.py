@@ -145,6 +145,19 @@ def cross_entropy(hidden_states: torch.Tensor, head: torch.Tensor, labels: torch
     return kl_divergence(hidden_states, head, ones[:, None], labels[:, None], ones)
 
 
+def anchor(hidden_states, embedding: torch.Tensor, latent: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """How far latents are from the segments that they stand for, summed over them: the cross-entropy of a segment's own tokens under the
+    encoder's full distribution, the first weighing most, each next one half of that.
+
+    hidden_states [T, hidden_size]; tokens int [M] and, in ascending order, `latent` [M]: where in hidden_states the latent of each is.
+    """
+    first = torch.searchsorted(latent, latent)
+    size = torch.searchsorted(latent, latent, right=True) - first
+    place = torch.arange(len(latent), device=latent.device) - first
+    weights = 0.5 ** place / (2 - 0.5 ** (size - 1))
+    return kl_divergence(hidden_states[latent], embedding, torch.ones_like(weights)[:, None], tokens[:, None], weights)
+
+
 def entropy(probs: torch.Tensor) -> torch.Tensor:
     """-sum_k p_k log p_k of each distribution of probs [..., k], in nats."""
     return -torch.xlogy(probs, probs).sum(-1)

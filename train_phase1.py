@@ -5,7 +5,8 @@
     python train_phase1.py --step joint --init runs/decoder --data train.jsonl --out runs/joint
 
 Encoder and decoder are two adapters on one frozen base. The loss is the mean cross-entropy over S_2..S_N, </think> and the
-answer, given latents that are superpositions made by the encoder. See docs/METHOD.md.
+answer, given latents that are superpositions made by the encoder; with --w-anchor, also how far these are from their segments. See
+docs/METHOD.md.
 """
 
 from dataclasses import dataclass
@@ -38,11 +39,13 @@ class Encoder(nn.Module):
 
     def forward(self, row: Row, k: int):
         """alpha of every latent of an encoder row, as (probs [n, k], ids [n, k] or None)."""
-        E = self.model.embed_tokens.weight
+        return latents.induce(self.hidden_states(row)[row.latent_index], self.model.embed_tokens.weight.detach(), k)
+
+    def hidden_states(self, row: Row) -> torch.Tensor:
+        """[T, hidden_size] of an encoder row."""
         x = self.model.embed_tokens(row.ids)
         x = x.index_copy(0, row.latent_index, self.latent_query.to(x.dtype).expand(len(row.latent_index), -1))
-        h = run_row(self.model, x, row, self.rule, "encoder")
-        return latents.induce(h[row.latent_index], E.detach(), k)
+        return run_row(self.model, x, row, self.rule, "encoder")
 
 
 @dataclass
@@ -53,12 +56,15 @@ class Rows:
 
 
 class Phase1(Task):
-    """`learns` are the adapters that do. Without `segments`, an ablation, the decoder is supervised on the answer alone."""
+    """`learns` are the adapters that do. `w_anchor`: the weight of latents.anchor, which is not in the paper, while the encoder learns.
+    Without `segments`, an ablation, the decoder is supervised on the answer alone."""
 
-    def __init__(self, encoder: Encoder, r: int, k: int, learns: tuple[str, ...], segments: bool = True):
+    def __init__(self, encoder: Encoder, r: int, k: int, learns: tuple[str, ...], segments: bool = True, w_anchor: float = 0.0):
         super().__init__()
         self.layout, self.rule = ("decoder", supervision) if segments else ("latent", causal)
         self.model, self.encoder, self.r, self.k, self.learns = encoder.model, encoder, r, k, learns
+        if w_anchor and "encoder" in learns:
+            self.weights = self.weights | {"anchor": w_anchor}
         if k != latents.HIDDEN:
             self.weights = self.weights | {"entropy": 0.0}  # of the latents, for metrics.jsonl: near zero they have collapsed
         self.encoder.requires_grad_(False)
@@ -80,20 +86,26 @@ class Phase1(Task):
         return sum(num_tokens(layout, example, self.r) for layout in ("encoder", self.layout))
 
     def counts(self, examples):
-        return {"ce": sum(num_targets(self.layout, e, self.r) for e in examples), "entropy": sum(num_latents(e, self.r) for e in examples)}
+        N = sum(num_latents(e, self.r) for e in examples)
+        return {"ce": sum(num_targets(self.layout, e, self.r) for e in examples), "anchor": N, "entropy": N}
 
     def row(self, examples):
         return Rows(pack_row("encoder", examples, self.r), pack_row(self.layout, examples, self.r))
 
     def forward(self, rows):
+        row, E, parts = rows.encoder, self.model.embed_tokens.weight.detach(), {}
         with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self.learns):
-            alpha = self.encoder(rows.encoder, self.k)
-        row, E = rows.decoder, self.model.embed_tokens.weight
+            h = self.encoder.hidden_states(row)
+            alpha = latents.induce(h[row.latent_index], E, self.k)
+            if "anchor" in self.weights:
+                parts["anchor"] = latents.anchor(h, E, row.target_index, row.targets)
+        if "entropy" in self.weights:
+            parts["entropy"] = latents.entropy(alpha[0].detach()).sum()
+        row = rows.decoder
         x = self.model.embed_tokens(row.ids)
-        x = x.index_copy(0, row.latent_index, latents.embed(*alpha, E.detach(), self.k).to(x.dtype))
+        x = x.index_copy(0, row.latent_index, latents.embed(*alpha, E, self.k).to(x.dtype))
         h = run_row(self.model, x, row, self.rule, "decoder")
-        parts = {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
-        return parts if self.k == latents.HIDDEN else parts | {"entropy": latents.entropy(alpha[0].detach()).sum()}
+        return parts | {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out: Path):
         query = {"latent_query": self.encoder.latent_query}
@@ -123,6 +135,8 @@ def main():
                    "instead, an ablation; default: that of --init, or 10")
     p.add_argument("--no-induction", action="store_true", default=None, help="a plain causal mask for the encoder, an ablation")
     p.add_argument("--no-segments", action="store_true", default=None, help="a decoder without chain tokens, an ablation")
+    p.add_argument("--w-anchor", type=at_least(0, float), default=0.0, help="weight of a loss that keeps each latent on the tokens of its own "
+                   "segment while the encoder learns; 0: none, as in the paper")
     add_training_arguments(p, lr=1e-4, epochs=10)
     p.set_defaults(lora_rank=None)
     args = p.parse_args()
@@ -156,7 +170,7 @@ def main():
         raise UserError(f"--top-k {args.top_k}: the vocabulary has only {model.config.vocab_size} tokens")
     examples = load_examples(args.data, tokenizer)
     valid = load_examples(args.valid, tokenizer) if args.valid else None
-    task = Phase1(encoder, args.compression, args.top_k, LEARNS[args.step], not args.no_segments)
+    task = Phase1(encoder, args.compression, args.top_k, LEARNS[args.step], not args.no_segments, args.w_anchor)
     train(task, examples, valid, args, rank, world, device)
 
 

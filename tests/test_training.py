@@ -67,13 +67,13 @@ def merged_hf(directory, model, name):
     return hf
 
 
-def phase1_task(directory, r=2, k=3, learns=("encoder", "decoder")):
+def phase1_task(directory, r=2, k=3, learns=("encoder", "decoder"), w_anchor=0.0):
     model = load_checkpoint(directory)
     for name in ("encoder", "decoder"):
         lora.add_adapter(model, name, 4, 8)
         lively(model, name)
     torch.manual_seed(7)
-    return Phase1(Encoder(model, 0.5 * torch.randn(model.config.hidden_size)), r, k, learns)
+    return Phase1(Encoder(model, 0.5 * torch.randn(model.config.hidden_size)), r, k, learns, w_anchor=w_anchor)
 
 
 def phase2_task(directory, examples, r=2, k=3, noise=0.0):
@@ -104,6 +104,28 @@ def test_phase1_loss(checkpoint, examples, kind, tied, r, k):
     torch.testing.assert_close(gradients["encoder.latent_query"].double(), query.grad, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("kind,tied,r", [("llama", True, 1), ("qwen2", False, 3)])
+def test_anchor(checkpoint, examples, kind, tied, r):
+    """The cross-entropy of each segment's own tokens, in shares 4/7, 2/7, 1/7, under the full softmax at its latent; and its gradient."""
+    examples[0].chain[:3] = [7, 7, 9]  # a token twice in a segment
+    directory = checkpoint(kind, tied)
+    task, without = phase1_task(directory, r, w_anchor=0.3), phase1_task(directory, r)
+    hf = [merged_hf(directory, task.model, name) for name in ("encoder", "decoder")]
+    query, anchors = task.encoder.latent_query.detach().double().requires_grad_(True), []
+    for ex in map(theirs, examples):
+        alphas = oracle.encode(hf[0], ex, query, r, 0, hf[1].get_input_embeddings().weight)[0]
+        for alpha, segment in zip(alphas, oracle.segments(ex.chain, r), strict=True):
+            shares = [2.0 ** -j for j in range(len(segment))]
+            anchors.append(-sum(share / sum(shares) * alpha[token].log() for share, token in zip(shares, segment)))
+    expected = torch.stack(anchors).mean()
+    (loss, gradients), (loss_without, gradients_without) = mean_loss(task, examples), mean_loss(without, examples)
+    assert loss - loss_without == pytest.approx(0.3 * expected.item(), abs=1e-4)
+    expected.backward()
+    name = "encoder.latent_query"
+    torch.testing.assert_close((gradients[name] - gradients_without[name]).double(), 0.3 * query.grad, atol=1e-4, rtol=1e-3)
+    assert phase1_task(directory, r, learns=("decoder",), w_anchor=0.3).weights == phase1_task(directory, r, learns=("decoder",)).weights
+
+
 @pytest.mark.parametrize("kind,tied,k", [("llama", True, 3), ("qwen2", False, 0)])
 def test_phase2_loss(checkpoint, examples, kind, tied, k):
     task, with_latents = phase2_task(checkpoint(kind, tied), examples, k=k)
@@ -128,7 +150,7 @@ def test_cot_loss(checkpoint, data, chain):
 
 def tasks(directory, examples):
     model = load_checkpoint(directory)
-    return {"cot": (train_sft.CoTSFT(model, directory, "text"), examples), "phase1": (phase1_task(directory), examples),
+    return {"cot": (train_sft.CoTSFT(model, directory, "text"), examples), "phase1": (phase1_task(directory, w_anchor=1.0), examples),
             "phase2": phase2_task(directory, examples)}
 
 

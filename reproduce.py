@@ -10,7 +10,9 @@ training, that is right most often on gsm8k-valid. --minutes scale the epochs: a
 variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
+import fcntl
 from functools import partial
 import gzip
 import json
@@ -18,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from analyze import load_solutions
 from data import read_jsonl
 from figures import draw_points
 from load_hf_weights import read_config
@@ -90,33 +93,78 @@ def write_data(source: Path, out: Path, smoke: bool) -> None:
         write(name, lines)
 
 
-def train_variant(v: Variant, base: Path, out: Path, data: Path, device: str, how) -> Path:
-    """The run directory of a variant, trained in `out`; `how(stage)` are the flags of a stage."""
+def stage(script: str, flags: str, out: Path, *done: str, **paths) -> None:
+    """Calls a script that makes the directory `out`, unless the files `done` in it are there. A second reproduce.py that wants the same
+    waits until it is made."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with open(out.parent / f".{out.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not all((out / name).exists() for name in done):
+            call(script, flags, out=out, **paths)
+
+
+def evaluation(flags: str, out: Path, model: Path, data: list[Path], arms: str = "free") -> None:
+    """Evaluates `model` on the files `data` in the given arms; each has its summary in `out`."""
+    names = [f"{file.stem}.json" if arm == "free" else f"{file.stem}.{arm}.json" for file in data for arm in arms.split()]
+    stage("eval.py", f"{flags} --arms {arms}", out, *names, model=model, data=data)
+
+
+def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, device: str, how) -> tuple[Path, Path | None]:
+    """(run, its phase 1 run or None) of a variant, trained in `home`; `how(stage)` are the flags of a stage. Variants that differ in
+    phase 2 alone share their phase 1 and its latents."""
     files = {"data": data / ("small.jsonl" if v.small else "train.jsonl"), "valid": data / "valid.jsonl"}
+    out = home / name / "model"
     if not v.r:
-        call("train_sft.py", f"{SFT} {KEEP} {v.sft} {how('sft')}", model=base, out=out / "sft", **files)
-        return out / "sft"
-    steps = {step: out / step for step in ("encoder", "decoder", "joint", "cache", "latent")}
-    for step, flags in (("encoder", f"--compression {v.r} {v.phase1}"), ("decoder", ""), ("joint", "")):
-        origin = {"model": base} if step == "encoder" else {"init": steps["encoder" if step == "decoder" else "decoder"]}
-        call("train_phase1.py", f"--step {step} {flags} {PHASE1} {how(step)}", **origin, out=steps[step], **files)
-    call("cache_latents.py", device, phase1=steps["joint"], data=files["data"], out=steps["cache"])
-    call("train_phase2.py", f"{PHASE2} {KEEP} {v.phase2} {how('phase2')}", phase1=steps["joint"], cache=steps["cache"], out=steps["latent"], **files)
-    return steps["latent"]
+        stage("train_sft.py", f"{SFT} {KEEP} {v.sft} {how('sft')}", out, "finished.json", model=base, **files)
+        return out, None
+    phase1 = home / "phase1" / f"r{v.r}{v.phase1.replace(' ', '')}"
+    encoder, decoder, joint, cache = (phase1 / step for step in ("encoder", "decoder", "joint", "cache"))
+    for step, flags, origin in ((encoder, f"--compression {v.r} {v.phase1}", {"model": base}), (decoder, "", {"init": encoder}), (joint, "", {"init": decoder})):
+        stage("train_phase1.py", f"--step {step.name} {flags} {PHASE1} {how(step.name)}", step, "finished.json", **origin, **files)
+    stage("cache_latents.py", device, cache, "cache.json", phase1=joint, data=files["data"])
+    stage("train_phase2.py", f"{PHASE2} {KEEP} {v.phase2} {how('phase2')}", out, "finished.json", phase1=joint, cache=cache, **files)
+    return out, joint
 
 
-def choose(run: Path, home: Path, flags: str, valid: Path) -> tuple[Path, dict[str, float]]:
-    """Of a run and what it kept on its way, the model that is right most often on gsm8k-valid; accuracy in % of each."""
-    models, found = [run, *sorted(run.glob("step-*"))], {}
+def choose(run: Path, home: Path, flags: str, valid: Path) -> Path:
+    """Of a run and what it kept on its way, the model that is right most often on gsm8k-valid; home/chosen.json tells of all."""
+    models = [run, *sorted(run.glob("step-*"))]
     for model in models:
-        call("eval.py", flags, model=model, data=valid, out=home / f"valid-{model.name}")
-        found[model.name] = read_json(home / f"valid-{model.name}" / f"{valid.stem}.json")["accuracy"]
-    return max(models, key=lambda model: found[model.name]), found
+        evaluation(flags, home / f"valid-{model.name}", model, [valid])
+    found = {model.name: read_json(home / f"valid-{model.name}" / f"{valid.stem}.json")["accuracy"] for model in models}
+    best = max(models, key=lambda model: found[model.name])
+    write_json(home / "chosen.json", {"chosen": best.name, "on_valid": found, "device": gpu_name(), "torch": torch.__version__})
+    return best
 
 
-def summaries(directory: Path) -> dict[str, dict]:
-    """{file or file.arm: summary} of an evaluation's directory."""
-    return {path.stem: read_json(path) for path in sorted(directory.glob("*.json")) if path.name != "settings.json"}
+def solve_differently(cot_sft: Path, home: Path, flags: str, valid: Path) -> Path | None:
+    """A file of right solutions to problems of gsm8k-valid: the written ones, and those among 16 samples of each by CoT-SFT; None
+    where all do it alike."""
+    stage("eval.py", flags.replace("--temperature 0", "--temperature 1 --top-p 1") + " --samples 16", home / "sampled", f"{valid.stem}.json",
+          model=cot_sft, data=valid)
+    right = [p for p in read_jsonl(home / "sampled" / f"{valid.stem}.predictions.jsonl") if p["correct"] and p["chain"].strip()]
+    lines = [{"problem": p["problem"], "cot": p["chain"], "cot_answer": p["answer"]} for p in right]
+    write_text(home / "solutions.jsonl", valid.read_text(encoding="utf-8") + "".join(json.dumps(line) + "\n" for line in lines))
+    with suppress(UserError):
+        load_solutions([str(home / "solutions.jsonl")])
+        return home / "solutions.jsonl"
+
+
+def gpu_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def collect(out: Path) -> dict:
+    """What lies in `out`, as results.json has it: {variant: {seed: {what was measured: its summary}}}."""
+    runs = {}
+    for name, home in ((name, home) for name in VARIANTS for home in sorted(out.glob(f"seed*/{name}")) if (home / "chosen.json").exists()):
+        found = {path.stem: read_json(path) for path in sorted((home / "eval").glob("*.json")) if path.name != "settings.json"}
+        for part in ("phase1", "student", "alone"):
+            found |= {f"{part}.{path.stem}": read_json(path) for path in sorted((home / part).glob("gsm8k*.json")) + sorted((home / part).glob("valid*.json"))}
+        if (home / "n_eff" / "n_eff.json").exists():
+            found["n_eff"] = read_json(home / "n_eff" / "n_eff.json")
+        runs.setdefault(name, {})[home.parent.name] = found | {"made": read_json(home / "chosen.json")}
+    return runs
 
 
 def main():
@@ -129,6 +177,7 @@ def main():
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN), help="what to train")
     p.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="what to evaluate on; gsm8k-test always")
     p.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], help="all variants once for each")
+    p.add_argument("--alone", action="store_true", help="also take the seconds per problem anew, for when others were at work on the GPU")
     p.add_argument("--smoke", action="store_true", help="two steps on a few rows, to see that everything runs")
     p.add_argument("--report", action="store_true", help="only table and pictures, from results.json")
     args = p.parse_args()
@@ -136,11 +185,11 @@ def main():
     if not args.report:
         if not (args.model and args.data):
             raise UserError("--model, --data: name the checkpoint directory and that of the data (or --report)")
-        train_all(args, out, results)
+        train_all(args, out)
     report(read_json(results), out)
 
 
-def train_all(args, out: Path, results: Path) -> None:
+def train_all(args, out: Path) -> None:
     source = Path(args.data)
     files = [source / "gsm8k-train.jsonl", *filter(Path.exists, [source / "gsm8k-sub-train.jsonl.gz"]), *(source / f"{t}.jsonl" for t in TESTS)]
     for check, path in [(read_config, args.model), *((read_jsonl, file) for file in files)]:
@@ -151,38 +200,39 @@ def train_all(args, out: Path, results: Path) -> None:
     if not (data / "gsm-hard-test.jsonl").exists():  # the last to be written
         write_data(source, data, args.smoke)
     small, whole = (sum(1 for _ in open(data / f"{name}.jsonl", encoding="utf-8")) for name in ("small", "train"))
-    found = read_json(results) if results.exists() else {"runs": {}}
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
-    found |= {"model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
-              "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
-              "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "eval": EVAL}}
+    of = lambda *names: [data / f"{name}.jsonl" for name in names]
+    tests = of(*(test for test in TESTS if test in (*args.tests, "gsm8k-test")))
+    flags = f"{EVAL} {device}" + (" --max-latents 8 --max-new-tokens 8 --batch-size 4" if args.smoke else "")
     for seed in args.seeds:
         def how(stage, v):
             epochs = EPOCHS.get(stage, 0) * args.minutes / 60 * (whole / small if v.small else 1)  # as many steps on little data
             return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} --row-tokens 16384")
-        home = out / f"seed{seed}"
+        seeded, cot_sft = out / f"seed{seed}", None
         names = [name for name in VARIANTS if name in args.variants]
         if any(VARIANTS[name].r for name in names) and "CoT-SFT" not in names:
             names.insert(0, "CoT-SFT")  # phase 1 starts there
-        cot_sft = None
         for name in names:
-            v = VARIANTS[name]
+            v, home = VARIANTS[name], seeded / name
             print(f"\n{name}, seed {seed}", flush=True)
-            run = train_variant(v, cot_sft if v.r else Path(args.model), home / name, data, device, partial(how, v=v))
-            flags = f"{EVAL} {device}" + (" --max-latents 8 --max-new-tokens 8 --batch-size 4" if args.smoke else "")
-            of = lambda test: data / f"{test}.jsonl"
-            run, on_valid = choose(run, home / name, flags, of("gsm8k-valid"))
+            run, phase1 = train_variant(name, v, cot_sft if v.r else Path(args.model), seeded, data, device, partial(how, v=v))
+            run = choose(run, home, flags, *of("gsm8k-valid"))
             cot_sft = run if name == "CoT-SFT" else cot_sft
-            call("eval.py", flags, model=run, data=[of(test) for test in TESTS if test in (*args.tests, "gsm8k-test")], out=home / name / "eval")
-            if v.r and v.ceiling:  # what the decoder of phase 1 and the student can do, given the encoder's latents
-                for stage, model in (("joint", home / name / "joint"), ("latent", run)):
-                    call("eval.py", f"{flags} --arms written", model=model, data=of("valid"), out=home / name / f"eval-{stage}")
+            evaluation(flags, home / "eval", run, tests)
+            if v.r and v.ceiling:  # what phase 1's decoder does with its encoder's latents of the written chains
+                evaluation(flags, home / "phase1", phase1, of("valid"), "written")
             if v.arms:
-                call("eval.py", f"{flags} --arms {ARMS}", model=run, data=of("gsm8k-test"), out=home / name / "eval")
-            found["runs"].setdefault(name, {})[f"seed{seed}"] = summaries(home / name / "eval") | {
-                f"{stage}.{key}": s for stage in ("joint", "latent") for key, s in summaries(home / name / f"eval-{stage}").items()} | {
-                "made": {"device": gpu, "torch": torch.__version__, "chosen": run.name, "on_valid": on_valid}}
-            write_json(results, found)
+                evaluation(flags, home / "eval", run, of("gsm8k-test"), ARMS)
+                evaluation(flags, home / "student", run, of("valid"), "free written")
+                if solutions := solve_differently(cot_sft, seeded / "CoT-SFT", flags, *of("valid")):
+                    stage("analyze.py", f"--seed {seed} --max-latents 64 {device}", home / "n_eff", "n_eff.json", model=run,
+                          data=solutions)
+            if args.alone:
+                evaluation(flags, home / "alone", run, of("gsm8k-test"))
+    write_json(out / "results.json", {
+        "model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
+        "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
+        "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "eval": EVAL, "variants": {name: vars(v) for name, v in VARIANTS.items()}},
+        "runs": collect(out)})
 
 
 def report(found: dict, out: Path) -> None:
@@ -197,16 +247,25 @@ def report(found: dict, out: Path) -> None:
         for seed, s in seeds.items():
             test = s["gsm8k-test"]
             cells = [f"{s[t]['accuracy']:.1f} ± {s[t]['interval']:.1f}" if t in s else "" for t in tests]
-            ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("joint.valid.written", "latent.valid.written")]
+            ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("phase1.valid.written", "student.valid.written")]
+            seconds = s.get("alone.gsm8k-test", test)["seconds_per_problem"]
             lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + f" | {test['chain_length']:.1f} | "
-                         f"{1000 * test['seconds_per_problem']:.2f} | " + " | ".join(ceilings) + f" | {s['made']['device']} |")
-            points.append((name, test))
+                         f"{1000 * seconds:.2f} | " + " | ".join(ceilings) + f" | {s['made']['device']} |")
+            points.append((name, test | {"seconds_per_problem": seconds}))
     arms = [(name, seed, key.split(".", 1)[1], s[key]) for name, seeds in found["runs"].items() for seed, s in seeds.items()
             for key in s if key.startswith("gsm8k-test.")]
     if arms:
         lines += ["", "| gsm8k-test | seed | arm | accuracy % | #L | answer tokens |", "| --- | --- | --- | --- | --- | --- |"]
         lines += [f"| {name} | {seed.removeprefix('seed')} | {arm} | {s['accuracy']:.1f} ± {s['interval']:.1f} | {s['chain_length']:.1f} | "
                   f"{s['answer_tokens']:.1f} |" for name, seed, arm, s in arms]
+    held = [(name, seed, s) for name, seeds in found["runs"].items() for seed, s in seeds.items() if "student.valid" in s]
+    if held:
+        lines += ["", "| latents, gsm8k-valid | seed | ECR@5 | ECR@10 | entropy, nats | N_eff | random | problems |", "| --- |" + " --- |" * 7]
+    for name, seed, s in held:
+        own = s["student.valid"]
+        cells = [f"{own[key]:.2f}" if key in own else "" for key in ("ecr@5", "ecr@10", "entropy")]
+        cells += [f"{s['n_eff'][key]:.3f}" for key in ("n_eff", "random")] + [f"{s['n_eff']['problems']}"] if "n_eff" in s else ["", "", ""]
+        lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + " |")
     write_text(out / "table.md", table := "\n".join(lines) + "\n")
     for file, key, scale, label in (("length.svg", "chain_length", 1, "chain length, tokens or latents"),
                                     ("time.svg", "seconds_per_problem", 1000, "milliseconds per problem")):

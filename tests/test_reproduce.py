@@ -19,11 +19,11 @@ def test_smoke(command, checkpoint, data, tmp_path):
     assert set(results["runs"]) == {"CoT-SFT", "Latent-r2"} and results["smoke"]
     latent = results["runs"]["Latent-r2"]["seed1"]
     made = latent["made"]
-    assert made["device"] == "CPU" and set(made["on_valid"]) == {"latent", "step-1"}
+    assert made["device"] == "CPU" and set(made["on_valid"]) == {"model", "step-1"}
     assert made["on_valid"][made["chosen"]] == latent["gsm8k-valid"]["accuracy"] == max(made["on_valid"].values())
-    assert {"gsm8k-valid", "gsm8k-test", "gsm8k-test.floor", "gsm8k-test.cut-4", "joint.valid.written",
-            "latent.valid.written"} <= set(latent)
-    assert latent["gsm8k-valid"]["count"] == 4 and latent["joint.valid.written"]["count"] == 3
+    assert {"gsm8k-valid", "gsm8k-test", "gsm8k-test.floor", "gsm8k-test.cut-4", "phase1.valid.written",
+            "student.valid.written"} <= set(latent)
+    assert latent["gsm8k-valid"]["count"] == 4 and latent["phase1.valid.written"]["count"] == 3
     assert latent["gsm8k-test.cut-4"]["chain_length"] <= 4 and latent["gsm8k-test.floor"]["chain_length"] == 0
     table = (out / "table.md").read_text()
     assert f"| Latent-r2 | 1 | {latent['gsm8k-valid']['accuracy']:.1f}" in table and "SMOKE" in table

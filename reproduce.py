@@ -27,10 +27,11 @@ from load_hf_weights import read_config
 from runs import UserError, at_least, call, file_hash, open_run, parser, read_json, run_main, write_json, write_text
 
 TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
-EPOCHS = {"sft": 3.0, "encoder": 0.25, "decoder": 0.25, "joint": 1.5, "phase2": 12.0}  # in 60 minutes
-SFT = "--lr 5e-4 --batch-size 256"
-PHASE1 = "--lr 3e-4 --warmup 0.1 --batch-size 256"  # at 1e-3 the latents collapsed onto one token (entropy 0)
-PHASE2 = "--lr 5e-4 --batch-size 256"
+EPOCHS = {"sft": 4.0, "encoder": 0.35, "decoder": 0.15, "joint": 1.0, "phase2": 10.0}  # in 60 minutes
+SFT = "--lr 5e-4 --batch-size 128"
+PHASE1 = "--lr 5e-4 --warmup 0.1 --batch-size 128"
+ANCHOR = "--w-anchor 1"
+PHASE2 = "--lr 5e-4 --batch-size 128"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
 KEEP = "--keep 2"  # and the end: what is right most often on gsm8k-valid is chosen
 SMOKE = "--max-steps 2 --batch-size 4"
@@ -42,7 +43,7 @@ class Variant:
     """A row of the table. r = 0: trained on text (train_sft.py); phase1, phase2: flags of these scripts; arms: whether
     to try ARMS too."""
     r: int = 2
-    phase1: str = ""
+    phase1: str = ANCHOR
     phase2: str = "--all-weights"
     sft: str = ""
     arms: bool = False
@@ -60,11 +61,12 @@ VARIANTS = {
     "Latent-r2": Variant(2, arms=True),
     "Latent-r3": Variant(3),
     "Latent-r4": Variant(4, arms=True),
-    "r2-top1": Variant(2, "--top-k 1"),
-    "r2-full-vocabulary": Variant(2, "--top-k 0", small=True),  # a cache of the whole vocabulary is large
-    "r2-hidden-states": Variant(2, "--top-k -1"),
-    "r2-no-induction": Variant(2, "--no-induction"),
-    "r2-no-segments": Variant(2, "--no-segments"),
+    "r2-top1": Variant(2, f"{ANCHOR} --top-k 1"),
+    "r2-full-vocabulary": Variant(2, f"{ANCHOR} --top-k 0", small=True),  # a cache of the whole vocabulary is large
+    "r2-hidden-states": Variant(2, f"{ANCHOR} --top-k -1"),
+    "r2-no-anchor": Variant(2, ""),  # the loss of the paper
+    "r2-no-induction": Variant(2, f"{ANCHOR} --no-induction"),
+    "r2-no-segments": Variant(2, f"{ANCHOR} --no-segments"),
     "r2-noise": Variant(2, phase2="--all-weights --noise 1"),
     "r2-LoRA": Variant(2, phase2=""),
 }
@@ -206,7 +208,7 @@ def train_all(args, out: Path) -> None:
     for seed in args.seeds:
         def how(stage, v):
             epochs = EPOCHS.get(stage, 0) * args.minutes / 60 * (whole / small if v.small else 1)  # as many steps on little data
-            return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} --row-tokens 16384")
+            return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} --row-tokens 17408")
         seeded, cot_sft = out / f"seed{seed}", None
         names = [name for name in VARIANTS if name in args.variants]
         if any(VARIANTS[name].r for name in names) and "CoT-SFT" not in names:

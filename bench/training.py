@@ -8,7 +8,7 @@ DIR gives tokenizer and weights; with --shape it gives the tokenizer only, and t
 backward and AdamW on --batch-size examples; the reference may take another number at a time, its best one counts. First both
 sides take the loss of the same examples without dropout, and the difference is printed. Real tokens are counted (both layouts of
 phase 1; padding not), and the floating-point operations that LoRA training cannot do without: see `flops`. Under torchrun every rank
-first takes the steps alone, then all share them; --shard spreads the frozen layers over the ranks then.
+first takes the steps alone, then all share them; with --shard, which spreads the frozen layers over the ranks, they share them only.
 """
 
 import argparse
@@ -282,6 +282,8 @@ def main():
     sizes = [args.batch_size] if args.reference_batch_size is None and world == 1 else args.reference_batch_size or []
     if world > 1 and sizes:
         p.error("--reference-batch-size: the reference runs on one GPU; leave torchrun out, or this")
+    if world == 1 and args.shard:
+        p.error("--shard: spreads the layers over ranks; start it with torchrun")
     with shape_of(args) as args.directory, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout):
         args.config = read_config(args.directory)
         run(args, sizes, world, device, tokenizer_of(args))
@@ -310,7 +312,8 @@ def run(args, sizes, world, device, tokenizer) -> None:
                                for batch in batches(n)[warm_up:] for e in batch)
         n = args.batch_size
         path = args.profile and Path(args.profile) / f"{args.shape}-phase{phase}.txt"
-        sides = [("ours", n, partial(ours, phase, 1))] + [(f"ours on {world}", n, partial(ours, phase, world))] * (world > 1)
+        sides = [("ours", n, partial(ours, phase, 1))] if not args.shard else []
+        sides += [(f"ours on {world}", n, partial(ours, phase, world))] if world > 1 else []
         sides += [("reference", m, partial(theirs, phase)) for m in sizes]
         makers = [(make, batches(m)) for _, m, make in sides]
         if device.type == "cpu" and world == 1:  # others may be at work on the machine: both sides suffer alike
@@ -331,7 +334,7 @@ def run(args, sizes, world, device, tokenizer) -> None:
             speeds.append(tokens(m) / seconds)
             line += f"{speeds[-1]:,.0f} tokens/s, {memory:.1f} GiB, loss {loss:.4f}"
             if side.startswith("ours"):
-                per_rank = needed / seconds / (world if len(speeds) > 1 else 1)
+                per_rank = needed / seconds / (1 if side == "ours" else world)
                 line += f", {1000 * seconds / args.rounds:.1f} ms a step, {per_rank / rate:.1%} of the matrix products' rate"
                 line += f", {per_rank / PEAK[name]:.1%} of the data sheet's peak" if name in PEAK else ""
             if len(speeds) > 1 and m == n and results[0]:

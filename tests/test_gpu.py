@@ -60,7 +60,7 @@ def task_of(phase: int, k: int):
             p.data.normal_(0, 0.05)
     torch.manual_seed(3)
     if phase == 1:
-        return Phase1(Encoder(model, 0.05 * torch.randn(CONFIG.hidden_size)), 3, k, ("encoder", "decoder"))
+        return Phase1(Encoder(model, 0.05 * torch.randn(CONFIG.hidden_size)), 3, k, ("encoder", "decoder"), w_anchor=0.5)
     return Phase2(model, 3)
 
 

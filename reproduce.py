@@ -50,6 +50,11 @@ class Variant:
     small: bool = False  # on gsm8k-train alone
 
     @property
+    def latents(self) -> str:
+        """Names phase 1 and its latents, which variants share that differ in phase 2 alone."""
+        return f"r{self.r}{self.phase1.replace(' ', '')}"
+
+    @property
     def ceiling(self) -> bool:
         """Whether latents can be handed to a model from outside: superpositions of a few tokens can."""
         return "--top-k 0" not in self.phase1 and "--top-k -1" not in self.phase1
@@ -112,14 +117,13 @@ def evaluation(flags: str, out: Path, model: Path, data: list[Path], arms: str =
 
 
 def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, device: str, how) -> tuple[Path, Path | None]:
-    """(run, its phase 1 run or None) of a variant, trained in `home`; `how(stage)` are the flags of a stage. Variants that differ in
-    phase 2 alone share their phase 1 and its latents."""
+    """(run, its phase 1 run or None) of a variant, trained in `home`; `how(stage)` are the flags of a stage."""
     files = {"data": data / ("small.jsonl" if v.small else "train.jsonl"), "valid": data / "valid.jsonl"}
     out = home / name / "model"
     if not v.r:
         stage("train_sft.py", f"{SFT} {KEEP} {v.sft} {how('sft')}", out, "finished.json", model=base, **files)
         return out, None
-    phase1 = home / "phase1" / f"r{v.r}{v.phase1.replace(' ', '')}"
+    phase1 = home / "phase1" / v.latents
     encoder, decoder, joint, cache = (phase1 / step for step in ("encoder", "decoder", "joint", "cache"))
     for step, flags, origin in ((encoder, f"--compression {v.r} {v.phase1}", {"model": base}), (decoder, "", {"init": encoder}), (joint, "", {"init": decoder})):
         stage("train_phase1.py", f"--step {step.name} {flags} {PHASE1} {how(step.name)}", step, "finished.json", **origin, **files)
@@ -159,10 +163,11 @@ def gpu_name() -> str:
 def collect(out: Path) -> dict:
     """What lies in `out`, as results.json has it: {variant: {seed: {what was measured: its summary}}}."""
     runs = {}
-    for name, home in ((name, home) for name in VARIANTS for home in sorted(out.glob(f"seed*/{name}")) if (home / "chosen.json").exists()):
-        found = {path.stem: read_json(path) for path in sorted((home / "eval").glob("*.json")) if path.name != "settings.json"}
-        for part in ("phase1", "student", "alone"):
-            found |= {f"{part}.{path.stem}": read_json(path) for path in sorted((home / part).glob("gsm8k*.json")) + sorted((home / part).glob("valid*.json"))}
+    for name, home in ((name, home) for name in VARIANTS for home in sorted(out.glob(f"seed*/{name}")) if (home / "eval" / "gsm8k-test.json").exists()):
+        parts = {"": home / "eval", "student.": home / "student", "alone.": home / "alone",
+                 "phase1.": home.parent / "phase1" / VARIANTS[name].latents / "eval"}
+        found = {part + path.stem: read_json(path) for part, directory in parts.items() for path in sorted(directory.glob("*.json"))
+                 if path.name != "settings.json"}
         if (home / "n_eff" / "n_eff.json").exists():
             found["n_eff"] = read_json(home / "n_eff" / "n_eff.json")
         runs.setdefault(name, {})[home.parent.name] = found | {"made": read_json(home / "chosen.json")}
@@ -221,7 +226,7 @@ def train_all(args, out: Path) -> None:
             cot_sft = run if name == "CoT-SFT" else cot_sft
             evaluation(flags, home / "eval", run, tests)
             if v.r and v.ceiling:  # what phase 1's decoder does with its encoder's latents of the written chains
-                evaluation(flags, home / "phase1", phase1, of("valid"), "written")
+                evaluation(flags, phase1.parent / "eval", phase1, of("valid"), "written")
             if v.arms:
                 evaluation(flags, home / "eval", run, of("gsm8k-test"), ARMS)
                 evaluation(flags, home / "student", run, of("valid"), "free written")

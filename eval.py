@@ -9,7 +9,7 @@ OUT/<file>.predictions.jsonl, one line a sample, and OUT/<file>.json, the summar
 torchrun, ranks share the problems. The same command again goes on with an evaluation that was stopped.
 
 Arms: free (think, answer as the model likes), forced (think, then only what follows "\\boxed{"), floor (the same without
-thinking), cut-M (at most M latents); and in the place of each latent: random (random tokens with its probabilities), argmax (its
+thinking), cut-M (at most M latents), top-M (latents of the M likeliest tokens alone); and in the place of each latent: random (random tokens with its probabilities), argmax (its
 likeliest token alone), other (the latents that the model had for the next problem, and as many), written (those that the encoder of phase 1
 makes of the file's chain; the decoder of a phase 1 run is a model too, and this is the best that it can do).
 """
@@ -59,8 +59,8 @@ def load_problems(path: str) -> list[Problem]:
 
 
 def arm(text: str) -> str:
-    """An argparse type: one of ARMS, or cut-M."""
-    if text not in ARMS and not re.fullmatch(r"cut-\d+", text):
+    """An argparse type: one of ARMS, or cut-M, or top-M."""
+    if text not in ARMS and not re.fullmatch(r"cut-\d+|top-[1-9]\d*", text):
         raise ValueError
     return text
 
@@ -69,6 +69,8 @@ def settings_of(name: str, settings: Sampling) -> Sampling:
     """The settings with which an arm is sampled."""
     if name.startswith("cut-"):
         return replace(settings, max_latents=min(int(name[4:]), settings.max_latents))
+    if name.startswith("top-"):
+        return replace(settings, top_k=int(name[4:]))
     changes = {"free": {}, "forced": {"forced": True}, "floor": {"forced": True, "thinking": "none"}, "other": {"latents": "given"},
                "written": {"latents": "given"}}
     return replace(settings, **changes.get(name, {"latents": name}))
@@ -251,7 +253,7 @@ def main():
     p.add_argument("--out", required=True, help="directory of predictions and summaries")
     p.add_argument("--batch-size", type=at_least(1), default=64, help="rows that run side by side")
     p.add_argument("--samples", type=at_least(1), default=1, help="answers to each problem, for pass@k")
-    p.add_argument("--arms", type=arm, nargs="+", default=["free"], help=f"what to compare: {', '.join(ARMS)}, cut-M")
+    p.add_argument("--arms", type=arm, nargs="+", default=["free"], help=f"what to compare: {', '.join(ARMS)}, cut-M, top-M")
     args = p.parse_args()
     rank, world, device = start(args.device)
     files = {Path(file).name.removesuffix(".gz").removesuffix(".jsonl"): file for file in args.data}

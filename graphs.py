@@ -40,7 +40,7 @@ def run_row(model: Model, inputs_embeds: torch.Tensor, row: Row, rule, adapter: 
     """
     if model.graphs is None:
         return model(inputs_embeds, row.position_ids, PackedAttention(row.labels, rule), adapter)
-    kind = adapter, rule, len(row.ids), torch.is_grad_enabled()
+    kind = adapter, rule, len(row.ids), torch.is_grad_enabled(), model.training  # with dropout or without
     if kind not in model.graphs:
         model.graphs[kind] = _Graphs(model, inputs_embeds, row, rule, adapter)
     graphs = model.graphs[kind]

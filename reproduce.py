@@ -32,21 +32,24 @@ SFT = "--lr 5e-4 --batch-size 128"
 PHASE1 = "--lr 5e-4 --warmup 0.1 --batch-size 128"
 ANCHOR = "--w-anchor 1"
 PHASE2 = "--lr 5e-4 --batch-size 128"
+OWN = "--own-share 0.5"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
+SHORT = 0.4
 KEEP = "--keep 2"  # and the end: what is right most often on gsm8k-valid is chosen
 SMOKE = "--max-steps 2 --batch-size 4"
-ARMS = "forced floor random other argmax cut-4"  # what the latents are good for, on gsm8k-test
+ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents are good for, on gsm8k-test
 
 
 @dataclass
 class Variant:
-    """A row of the table. r = 0: trained on text (train_sft.py); phase1, phase2: flags of these scripts; arms: whether
-    to try ARMS too."""
+    """A row of the table. r = 0: trained on text (train_sft.py); phase1, phase2: flags of these scripts; arms: whether to try ARMS too.
+    short: an ablation, with SHORT of phase 2's epochs, to be compared with r2-short."""
     r: int = 2
     phase1: str = ANCHOR
-    phase2: str = "--all-weights"
+    phase2: str = f"--all-weights {OWN}"
     sft: str = ""
     arms: bool = False
+    short: bool = False
     small: bool = False  # on gsm8k-train alone
 
     @property
@@ -66,14 +69,17 @@ VARIANTS = {
     "Latent-r2": Variant(2, arms=True),
     "Latent-r3": Variant(3),
     "Latent-r4": Variant(4, arms=True),
-    "r2-top1": Variant(2, f"{ANCHOR} --top-k 1"),
-    "r2-full-vocabulary": Variant(2, f"{ANCHOR} --top-k 0", small=True),  # a cache of the whole vocabulary is large
-    "r2-hidden-states": Variant(2, f"{ANCHOR} --top-k -1"),
-    "r2-no-anchor": Variant(2, ""),  # the loss of the paper
-    "r2-no-induction": Variant(2, f"{ANCHOR} --no-induction"),
-    "r2-no-segments": Variant(2, f"{ANCHOR} --no-segments"),
-    "r2-noise": Variant(2, phase2="--all-weights --noise 1"),
-    "r2-LoRA": Variant(2, phase2=""),
+    "r2-short": Variant(short=True),
+    "r2-no-anchor": Variant(phase1="", short=True),
+    "r2-no-own": Variant(phase2="--all-weights", short=True),
+    "r2-paper": Variant(phase1="", phase2="--all-weights --noise 1", short=True),  # neither of these, which the paper does not have
+    "r2-noise": Variant(phase2=f"--all-weights {OWN} --noise 1", short=True),
+    "r2-LoRA": Variant(phase2=OWN, short=True),
+    "r2-top1": Variant(phase1=f"{ANCHOR} --top-k 1", short=True),
+    "r2-full-vocabulary": Variant(phase1=f"{ANCHOR} --top-k 0", short=True, small=True),  # a cache of the whole vocabulary is large
+    "r2-hidden-states": Variant(phase1=f"{ANCHOR} --top-k -1", short=True),
+    "r2-no-induction": Variant(phase1=f"{ANCHOR} --no-induction", short=True),
+    "r2-no-segments": Variant(phase1=f"{ANCHOR} --no-segments", short=True),
 }
 MAIN = ("answer-only", "CoT-SFT", "Latent-r2", "Latent-r4")
 
@@ -128,17 +134,17 @@ def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, dev
     for step, flags, origin in ((encoder, f"--compression {v.r} {v.phase1}", {"model": base}), (decoder, "", {"init": encoder}), (joint, "", {"init": decoder})):
         stage("train_phase1.py", f"--step {step.name} {flags} {PHASE1} {how(step.name)}", step, "finished.json", **origin, **files)
     stage("cache_latents.py", device, cache, "cache.json", phase1=joint, data=files["data"])
-    stage("train_phase2.py", f"{PHASE2} {KEEP} {v.phase2} {how('phase2')}", out, "finished.json", phase1=joint, cache=cache, **files)
+    stage("train_phase2.py", f"{PHASE2} {'' if v.short else KEEP} {v.phase2} {how('phase2')}", out, "finished.json", phase1=joint, cache=cache, **files)
     return out, joint
 
 
 def choose(run: Path, home: Path, flags: str, valid: Path) -> Path:
     """Of a run and what it kept on its way, the model that is right most often on gsm8k-valid; home/chosen.json tells of all."""
-    models = [run, *sorted(run.glob("step-*"))]
-    for model in models:
+    models, found = [run, *sorted(run.glob("step-*"))], {}
+    for model in models if len(models) > 1 else ():
         evaluation(flags, home / f"valid-{model.name}", model, [valid])
-    found = {model.name: read_json(home / f"valid-{model.name}" / f"{valid.stem}.json")["accuracy"] for model in models}
-    best = max(models, key=lambda model: found[model.name])
+        found[model.name] = read_json(home / f"valid-{model.name}" / f"{valid.stem}.json")["accuracy"]
+    best = max(models, key=lambda model: found.get(model.name, 0))
     write_json(home / "chosen.json", {"chosen": best.name, "on_valid": found, "device": gpu_name(), "torch": torch.__version__})
     return best
 
@@ -213,6 +219,7 @@ def train_all(args, out: Path) -> None:
     for seed in args.seeds:
         def how(stage, v):
             epochs = EPOCHS.get(stage, 0) * args.minutes / 60 * (whole / small if v.small else 1)  # as many steps on little data
+            epochs *= SHORT if v.short and stage == "phase2" else 1
             return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} --row-tokens 17408")
         seeded, cot_sft = out / f"seed{seed}", None
         names = [name for name in VARIANTS if name in args.variants]
@@ -229,7 +236,7 @@ def train_all(args, out: Path) -> None:
                 evaluation(flags, phase1.parent / "eval", phase1, of("valid"), "written")
             if v.arms:
                 evaluation(flags, home / "eval", run, of("gsm8k-test"), ARMS)
-                evaluation(flags, home / "student", run, of("valid"), "free written")
+                evaluation(flags, home / "student", run, of("valid"), "free written top-2 top-4")
                 if solutions := solve_differently(cot_sft, seeded / "CoT-SFT", flags, *of("valid")):
                     stage("analyze.py", f"--seed {seed} --max-latents 64 {device}", home / "n_eff", "n_eff.json", model=run,
                           data=solutions)
@@ -238,7 +245,7 @@ def train_all(args, out: Path) -> None:
     write_json(out / "results.json", {
         "model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
         "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
-        "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "eval": EVAL, "variants": {name: vars(v) for name, v in VARIANTS.items()}},
+        "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL, "variants": {name: vars(v) for name, v in VARIANTS.items()}},
         "runs": collect(out)})
 
 

@@ -3,7 +3,8 @@
     python train_phase2.py --phase1 runs/joint --cache runs/cache --data train.jsonl --out runs/latent
 
 Loss = w_ce * CE(</think> A) + w_kl * KL(alpha || q), q the softmax of the LM head at the position before each latent; KL is
-averaged over the latents of an example, then over examples. See docs/METHOD.md.
+averaged over the latents of an example, then over examples. With --own-share, part of the examples read, in the place of the
+cached latents, what the model itself makes of the positions before them. See docs/METHOD.md.
 """
 
 from dataclasses import dataclass
@@ -47,14 +48,15 @@ class LatentRow:
 class Phase2(Task):
     """Trains the adapter "student" of `model`; all its weights instead where it has none, then `source` is its checkpoint directory.
 
-    `noise` and `temperature` are those of latents.gumbel_noise, `end_think` the token that noise must not put on top.
+    `noise` and `temperature` are those of latents.gumbel_noise, `end_think` the token that noise must not put on top. `own_share`, which
+    the paper does not have: the share of examples that read the model's own latents in training.
     """
 
     def __init__(self, model: Model, r: int, k: int = 10, w_ce=1.0, w_kl=1.0, noise=0.0, temperature=1.0, end_think: int = 0,
-                 source: Path | None = None):
+                 source: Path | None = None, own_share=0.0):
         super().__init__()
         self.model, self.r, self.k, self.source = model.requires_grad_(True) if source else model, r, k, source
-        self.noise, self.temperature, self.end_think = noise, temperature, end_think
+        self.noise, self.temperature, self.end_think, self.own_share = noise, temperature, end_think, own_share
         self.weights = {"ce": w_ce, "kl": w_kl}  # "kl" is the squared error where latents are hidden states
 
     def length(self, example):
@@ -76,11 +78,25 @@ class Phase2(Task):
         x = self.model.embed_tokens(row.ids)
         x = x.to(base_dtype(x.device)) if self.source else x  # weights that learn are float32
         x = x.index_copy(0, row.latent_index, latents.embed(probs, ids, E.detach(), self.k).to(x.dtype))
-        h = run_row(self.model, x, row, causal, None if self.source else "student")
+        if self.own_share and self.training:
+            x = self._read_own(x, row)
+        h = self._run(x, row)
         before = h[row.latent_index - 1]
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets),
                 "kl": latents.squared_error(before, probs, batch.weights) if self.k == latents.HIDDEN
                 else latents.kl_divergence(before, self.model.head, probs, ids, batch.weights)}
+
+    def _run(self, x, row):
+        return run_row(self.model, x, row, causal, None if self.source else "student")
+
+    @torch.no_grad()
+    def _read_own(self, x, row):
+        """x, but in a share of the examples with the latents that inference would feed, were all before them the cached ones: where the
+        model is in doubt they are mixtures, which no cached latent is, and which it has to learn to go on from."""
+        before = self._run(x, row)[row.latent_index - 1]
+        own = latents.embed(*latents.induce(before, self.model.head.to(x.dtype), self.k), self.model.embed_tokens.weight, self.k)
+        chosen = torch.rand(row.labels.documents, device=x.device)[row.labels.document[row.latent_index]] < self.own_share
+        return x.index_copy(0, row.latent_index, torch.where(chosen[:, None], own.to(x.dtype), x[row.latent_index]))
 
     def save(self, out: Path):
         if self.source:
@@ -100,6 +116,8 @@ def main():
     p.add_argument("--w-kl", type=at_least(0, float), default=1.0, help="weight of the latents' KL")
     p.add_argument("--noise", type=at_least(0, float), default=0.0, help="scale of Gumbel noise on the latents; 0: none")
     p.add_argument("--noise-temperature", type=at_least(0.01, float), default=1.0, help="temperature of the noisy softmax")
+    p.add_argument("--own-share", type=at_least(0, float), default=0.0, help="share of examples that read the model's own latents instead of "
+                   "the cached ones, which stay the targets; 0: none, as in the paper")
     add_training_arguments(p, lr=3e-4, epochs=50)
     p.set_defaults(lora_rank=None, lora_dropout=None)  # 64 and 0.1, unless all weights learn
     args = p.parse_args()
@@ -134,7 +152,7 @@ def main():
         valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))
         del encoder
     task = Phase2(model, args.compression, args.top_k, args.w_ce, args.w_kl, args.noise, args.noise_temperature,
-                  tokenizer.end_think[0], resolve(args.phase1)[0] if args.all_weights else None)
+                  tokenizer.end_think[0], resolve(args.phase1)[0] if args.all_weights else None, args.own_share)
     train(task, examples, valid, args, rank, world, device)
 
 

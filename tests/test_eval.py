@@ -133,7 +133,7 @@ def test_stopped_evaluation_goes_on(command, checkpoint, data, tmp_path, monkeyp
 
 def test_arms(command, checkpoint, data, tmp_path):
     """Each arm does what it says; one table."""
-    arms = ["free", "forced", "floor", "random", "other", "argmax", "cut-2"]
+    arms = ["free", "forced", "floor", "random", "other", "argmax", "top-1", "top-2", "cut-2"]
     code, printed, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path, *ARGUMENTS, "--top-k", 3,
                                    "--arms", *arms)
     assert code == 0, error
@@ -147,6 +147,8 @@ def test_arms(command, checkpoint, data, tmp_path):
     assert tokens("cut-2") == [x[:2] for x in free]
     assert all(x[0] == y[0] for x, y in zip(tokens("argmax"), free) if y) and tokens("argmax") != free
     assert all(p[0][1] == 1 for line in lines["argmax"] for p in line["latents"])
+    assert tokens("top-1") == [[latent[:1] for latent in p] for p in tokens("argmax")]
+    assert all(len(latent) == 2 for p in lines["top-2"] for latent in p["latents"])
     assert tokens("random") != free
     assert all(f"| train | {arm} |" in printed for arm in arms) and (tmp_path / "table.md").read_text().count("\n| train |") == len(arms)
     code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / "text", "--arms", "random")

@@ -76,7 +76,7 @@ def phase1_task(directory, r=2, k=3, learns=("encoder", "decoder"), w_anchor=0.0
     return Phase1(Encoder(model, 0.5 * torch.randn(model.config.hidden_size)), r, k, learns, w_anchor=w_anchor)
 
 
-def phase2_task(directory, examples, r=2, k=3, noise=0.0):
+def phase2_task(directory, examples, r=2, k=3, noise=0.0, own_share=0.0):
     model = load_checkpoint(directory)
     lora.add_adapter(model, "student", 4, 8)
     lively(model, "student")
@@ -86,7 +86,7 @@ def phase2_task(directory, examples, r=2, k=3, noise=0.0):
         alpha = torch.randn(data_module.num_latents(e, r), model.config.vocab_size).softmax(-1)
         probs, ids = (alpha, None) if k == 0 else alpha.topk(k)
         with_latents.append(LatentExample(**vars(e), probs=probs, ids=ids))
-    return Phase2(model, r, k, 0.7, 1.3, noise, end_think=examples[0].end_think[0]), with_latents
+    return Phase2(model, r, k, 0.7, 1.3, noise, end_think=examples[0].end_think[0], own_share=own_share), with_latents
 
 
 @pytest.mark.parametrize("kind,tied,r,k", [("llama", True, 2, 3), ("qwen2", False, 3, 0), ("qwen3", True, 1, 10), ("llama", False, 100, 1)])
@@ -136,6 +136,31 @@ def test_phase2_loss(checkpoint, examples, kind, tied, k):
     parts = task(task.row(with_latents))
     assert parts["ce"].item() / task.counts(with_latents)["ce"] == pytest.approx(ce.item(), abs=1e-4)
     assert parts["kl"].item() / len(examples) == pytest.approx(kl.item(), abs=1e-4)
+
+
+@pytest.mark.parametrize("tied,k", [(True, 3), (False, 0)])
+def test_own_latents(checkpoint, examples, tied, k):
+    """Fed what the model makes of the position before each cached latent, by the LM head, the loss still asks for the cached ones;
+    in evaluation the cached ones are fed."""
+    directory = checkpoint("llama", tied)
+    task, with_latents = phase2_task(directory, examples, k=k, own_share=1.0)
+    hf, ce, kl = merged_hf(directory, task.model, "student"), [], []
+    E, head = hf.get_input_embeddings().weight, hf.get_output_embeddings().weight
+    for e, ex in zip(with_latents, map(theirs, examples)):
+        V, N, start = len(E), len(e.probs), len(e.prompt) - 1
+        alpha = e.probs.double() if k == 0 else torch.zeros(N, V, dtype=torch.double).scatter(1, e.ids, e.probs.double())
+        logits = oracle.forward(hf, "latent", ex, 2, alpha @ E)[start:start + N] @ head.T
+        kept = torch.ones(N, V, dtype=torch.bool) if k == 0 else logits >= logits.topk(k).values[:, -1:]
+        own = logits.masked_fill(~kept, -torch.inf).softmax(-1)
+        out = oracle.forward(hf, "latent", ex, 2, own @ E)
+        ce += oracle.token_losses(hf, out, oracle.labels("latent", ex, 2))
+        log_q = (out[start:start + N] @ head.T).log_softmax(-1)
+        kl.append((torch.xlogy(alpha, alpha) - alpha * log_q).sum(-1).mean())
+    expected = (0.7 * oracle.mean(ce) + 1.3 * torch.stack(kl).mean()).item()
+    assert mean_loss(task, with_latents)[0] == pytest.approx(expected, abs=1e-4)
+    task.eval()
+    cached, _ = phase2_task(directory, examples, k=k)
+    assert mean_loss(task, with_latents)[0] == pytest.approx(mean_loss(cached, with_latents)[0], abs=1e-6) != pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.parametrize("chain", [True, False])

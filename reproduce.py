@@ -131,8 +131,9 @@ def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, dev
         return out, None
     phase1 = home / "phase1" / v.latents
     encoder, decoder, joint, cache = (phase1 / step for step in ("encoder", "decoder", "joint", "cache"))
-    for step, flags, origin in ((encoder, f"--compression {v.r} {v.phase1}", {"model": base}), (decoder, "", {"init": encoder}), (joint, "", {"init": decoder})):
-        stage("train_phase1.py", f"--step {step.name} {flags} {PHASE1} {how(step.name)}", step, "finished.json", **origin, **files)
+    for step, origin in ((encoder, {"model": base}), (decoder, {"init": encoder}), (joint, {"init": decoder})):
+        flags = f"--step {step.name} --compression {v.r} {v.phase1} {PHASE1} {how(step.name)}"
+        stage("train_phase1.py", flags, step, "finished.json", **origin, **files)
     stage("cache_latents.py", device, cache, "cache.json", phase1=joint, data=files["data"])
     stage("train_phase2.py", f"{PHASE2} {'' if v.short else KEEP} {v.phase2} {how('phase2')}", out, "finished.json", phase1=joint, cache=cache, **files)
     return out, joint

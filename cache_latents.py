@@ -6,13 +6,14 @@ OUT/shard-00000.safetensors ... hold `probs` float16 [sum N, k], `ids` int32 [su
 vocabulary, with -1 they are hidden states) and `offsets` int64 [examples + 1]; OUT/cache.json says what they were made from and is written last.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from data import Example, load_examples, num_latents, num_tokens, pack, pack_row, to_device
+from data import Example, RowShape, load_examples, num_latents, num_tokens, pack, pack_row, row_shape, to_device
 from load_hf_weights import base_dtype, fingerprint, load_model, resolve
 from runs import (UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, read_tensors,
                   run_main, start, write_json, write_tensors)
@@ -30,17 +31,21 @@ def identity(phase1: str | Path, data: str | Path, count: int, compression: int,
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, examples: list[Example], r: int, k: int, row_tokens: int, device) -> list[tuple]:
-    """(probs float16 [N, k], ids int32 [N, k] or None) of each example, on the CPU; rows as long as needed."""
+def encode(encoder: Encoder, examples: list[Example], r: int, k: int, row_tokens: int, device,
+           shape: RowShape | None = None) -> list[tuple]:
+    """(probs float16 [N, k], ids int32 [N, k] or None) of each example, on the CPU; rows have `shape`, or else are as long as needed."""
     cached = [None] * len(examples)
     lengths = [num_tokens("encoder", e, r) for e in examples]
-    for indices in pack(lengths, max(row_tokens, max(lengths))):
-        group = [examples[i] for i in indices]
-        probs, ids = encoder(to_device(pack_row("encoder", group, r), device), k)
-        sizes = [num_latents(e, r) for e in group]
-        all_ids = [None] * len(group) if ids is None else ids.int().cpu().split(sizes)
-        for i, alpha in zip(indices, zip(probs.half().cpu().split(sizes), all_ids)):
-            cached[i] = alpha
+    tokens, most = (shape.tokens, shape.examples) if shape else (max(row_tokens, max(lengths)), None)
+    groups = pack(lengths, tokens, most=most)
+    with ThreadPoolExecutor(1) as builder:  # while the GPU is busy
+        rows = builder.map(lambda indices: pack_row("encoder", [examples[i] for i in indices], r), groups)
+        for indices, row in zip(groups, rows):
+            probs, ids = encoder(to_device(row, device, shape), k)
+            sizes = [num_latents(examples[i], r) for i in indices]
+            all_ids = [None] * len(indices) if ids is None else ids.int().cpu().split(sizes)
+            for i, alpha in zip(indices, zip(probs.half().cpu().split(sizes), all_ids)):
+                cached[i] = alpha
     return cached
 
 
@@ -78,7 +83,7 @@ def main():
     p.add_argument("--phase1", required=True, help="the phase 1 run whose encoder makes the latents")
     p.add_argument("--data", required=True, help="the training file of phase 2")
     p.add_argument("--out", required=True, help="directory of the cache; a stopped run goes on")
-    p.add_argument("--row-tokens", type=at_least(1), default=8192, help="tokens of a packed row")
+    p.add_argument("--row-tokens", type=at_least(1), default=8192, help="tokens of a packed row, about")
     args = p.parse_args()
     rank, world, device = start(args.device)
     config = finished_run(args.phase1, "train_phase1")
@@ -105,12 +110,16 @@ def main():
         return
     if rank == 0:
         print(f"cache_latents: {len(examples)} examples, r = {r}, top-k = {k}, on {world} x {device}")
+    shape = None
+    if device.type == "cuda":  # rows of one size, replayed as CUDA graphs
+        shape = row_shape([num_tokens("encoder", e, r) for e in examples], min(SHARD, len(examples)), args.row_tokens)
+        model.graphs = {}
     shards = range(0, len(examples), SHARD)
     for number in tqdm(range(rank, len(shards), world), desc=out.name, disable=rank > 0):
         path = out / f"shard-{number:05d}.safetensors"
         if path.exists():
             continue
-        probs, ids = zip(*encode(encoder, examples[shards[number]:shards[number] + SHARD], r, k, args.row_tokens, device))
+        probs, ids = zip(*encode(encoder, examples[shards[number]:shards[number] + SHARD], r, k, args.row_tokens, device, shape))
         offsets = torch.tensor([0] + [len(x) for x in probs]).cumsum(0)
         tensors = {"probs": torch.cat(probs), "offsets": offsets}
         write_tensors(path, tensors if k <= 0 else tensors | {"ids": torch.cat(ids)})

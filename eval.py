@@ -9,9 +9,10 @@ OUT/<file>.predictions.jsonl, one line a sample, and OUT/<file>.json, the summar
 torchrun, ranks share the problems. The same command again goes on with an evaluation that was stopped.
 
 Arms: free (think, answer as the model likes), forced (think, then only what follows "\\boxed{"), floor (the same without
-thinking), cut-M (at most M latents), top-M (latents of the M likeliest tokens alone); and in the place of each latent: random (random tokens with its probabilities), argmax (its
-likeliest token alone), other (the latents that the model had for the next problem, and as many), written (those that the encoder of phase 1
-makes of the file's chain; the decoder of a phase 1 run is a model too, and this is the best that it can do).
+thinking), cut-M (at most M latents), top-M (latents of the M likeliest tokens alone); and in the place of each latent: random (random
+tokens with its probabilities), argmax (its likeliest token alone), other (the latents that the model had for the next problem, and as
+many), written (those that the encoder of phase 1 makes of the file's chain; the decoder of a phase 1 run is a model too, and this is the
+best that it can do).
 """
 
 from dataclasses import dataclass, replace

@@ -135,7 +135,8 @@ def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, dev
         flags = f"--step {step.name} --compression {v.r} {v.phase1} {PHASE1} {how(step.name)}"
         stage("train_phase1.py", flags, step, "finished.json", **origin, **files)
     stage("cache_latents.py", device, cache, "cache.json", phase1=joint, data=files["data"])
-    stage("train_phase2.py", f"{PHASE2} {'' if v.short else KEEP} {v.phase2} {how('phase2')}", out, "finished.json", phase1=joint, cache=cache, **files)
+    flags = f"{PHASE2} {'' if v.short else KEEP} {v.phase2} {how('phase2')}"
+    stage("train_phase2.py", flags, out, "finished.json", phase1=joint, cache=cache, **files)
     return out, joint
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import attention
+from cache_latents import encode
 import data
 import demo
 import graphs as graphs_module
@@ -153,6 +154,21 @@ def test_no_recompilation(data, tmp_path, monkeypatch):
     assert stop.value.code == 0 and len(graphs) == 200 and graphs[0] > 0
     print("compiled by the end of steps 1, 2, 3 and 200:", *graphs[:3], graphs[-1], "recorded at steps", *recorded)
     assert graphs[-1] == graphs[2] and len(recorded) == 2
+
+
+def test_cached_latents():
+    """Recorded rows of one size make the latents that a CPU makes, shard after shard."""
+    encoder, k = task_of(1, 10).encoder.eval(), 10
+    examples = random_examples(60)
+    expected = encode(encoder, examples, 3, k, 4096, torch.device("cpu"))
+    there = copy.deepcopy(encoder).to(GPU)
+    there.model.graphs = {}
+    shape = data.row_shape([data.num_tokens("encoder", e, 3) for e in examples], 20, 4096)
+    got = [alpha for first in range(0, 60, 20) for alpha in encode(there, examples[first:first + 20], 3, k, 4096, GPU, shape)]
+    assert len(there.model.graphs) == 1
+    for (probs, ids), (expected_probs, expected_ids) in zip(got, expected, strict=True):
+        assert torch.equal(ids, expected_ids)
+        torch.testing.assert_close(probs, expected_probs, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("size", [1, 5])

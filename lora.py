@@ -122,14 +122,10 @@ def set_training(model: nn.Module, name: str, mode: bool) -> None:
 
 
 @torch.no_grad()
-def merge(model: nn.Module, name: str, sign: int = 1) -> None:
-    """Adds the adapter's update to the base weights, in float32; `unmerge` takes it off again."""
+def merge(model: nn.Module, name: str) -> None:
+    """Adds the adapter's update to the base weights, in float32."""
     for _, linear in _carriers(model):
-        linear.weight.copy_(linear.weight.float() + sign * linear.adapters[name].delta())
-
-
-def unmerge(model: nn.Module, name: str) -> None:
-    merge(model, name, sign=-1)
+        linear.weight.copy_(linear.weight.float() + linear.adapters[name].delta())
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:

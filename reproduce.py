@@ -1,13 +1,14 @@
 """The paper's claim on a real model, from a checkpoint and the data to the table and the pictures.
 
     python reproduce.py --model SmolLM2-135M-Instruct --data DIR --out results/smollm2 --minutes 60
+    python reproduce.py --model SmolLM2-135M-Instruct --data DIR --out results/smollm2 --seeds 1 2 --jobs 8     # two GPUs, four jobs on each
     python reproduce.py --model SmolLM2-135M-Instruct --data DIR --out smoke --smoke          # a CPU, a few rows, minutes
     python reproduce.py --out results/smollm2 --report                                        # table and pictures again
 
 DIR holds gsm8k-train.jsonl, gsm8k-valid.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
 done by the project's own scripts; what is finished is not done again. Of each variant the model is chosen, out of three along its
-training, that is right most often on gsm8k-valid. --minutes scale the epochs: about those of one H100 for the MAIN
-variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
+training, that is right most often on gsm8k-valid (of an ablation, the last). --minutes scale the epochs: about those of one H100 for the
+MAIN variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
 """
 
 from contextlib import suppress
@@ -16,7 +17,12 @@ import fcntl
 from functools import partial
 import gzip
 import json
+import os
 from pathlib import Path
+import signal
+import subprocess
+import sys
+import time
 
 import torch
 
@@ -192,28 +198,70 @@ def main():
     p.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(MAIN), help="what to train")
     p.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="what to evaluate on; gsm8k-test always")
     p.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], help="all variants once for each")
+    p.add_argument("--jobs", type=at_least(1), default=1, help="variants at a time, GPUs taken in turn; each writes to a log file in OUT")
     p.add_argument("--alone", action="store_true", help="also take the seconds per problem anew, for when others were at work on the GPU")
     p.add_argument("--smoke", action="store_true", help="two steps on a few rows, to see that everything runs")
     p.add_argument("--report", action="store_true", help="only table and pictures, from results.json")
     args = p.parse_args()
-    out, results = Path(args.out), Path(args.out) / "results.json"
+    out = Path(args.out)
     if not args.report:
         if not (args.model and args.data):
             raise UserError("--model, --data: name the checkpoint directory and that of the data (or --report)")
-        train_all(args, out)
-    report(read_json(results), out)
+        prepare(args, out)
+        (train_all if args.jobs == 1 else side_by_side)(args, out)
+        write_json(out / "results.json", {
+            "model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
+            "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
+            "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL,
+                         "variants": {name: vars(v) for name, v in VARIANTS.items()}},
+            "runs": collect(out)})
+    report(read_json(out / "results.json"), out)
 
 
-def train_all(args, out: Path) -> None:
+def prepare(args, out: Path) -> None:
+    """Makes `out` with its data, or checks that it belongs to the same model, data and budget."""
     source = Path(args.data)
     files = [source / "gsm8k-train.jsonl", *filter(Path.exists, [source / "gsm8k-sub-train.jsonl.gz"]), *(source / f"{t}.jsonl" for t in TESTS)]
     for check, path in [(read_config, args.model), *((read_jsonl, file) for file in files)]:
         check(path)  # says so if it is no good, before OUT belongs to it
     open_run(out, {"command": "reproduce", "model": str(Path(args.model).resolve()), "minutes": args.minutes, "smoke": args.smoke,
                    "data_hash": file_hash(*files)})
+    if not (out / "data" / "gsm-hard-test.jsonl").exists():  # the last to be written
+        write_data(source, out / "data", args.smoke)
+
+
+def side_by_side(args, out: Path) -> None:
+    """Trains each variant by a call of its own, --jobs at a time; where two want the same, one waits (see `stage`)."""
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    waiting = [(name, seed) for name in sorted(args.variants, key=lambda name: name != "CoT-SFT") for seed in args.seeds][::-1]
+    running, failed, free = {}, [], list(range(args.jobs))[::-1]
+    old = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        while waiting or running:
+            while waiting and free:
+                (name, seed), slot = waiting.pop(), free.pop()
+                log = out / f"{name}-{seed}.log"
+                command = [sys.executable, __file__, *sys.argv[1:], "--variants", name, "--seeds", str(seed), "--jobs", "1"]
+                with open(log, "a", encoding="utf-8") as f:
+                    running[slot] = log, subprocess.Popen(command, stdout=f, stderr=f, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]})
+                print(f"{name}, seed {seed}: {log}", flush=True)
+            time.sleep(0.5)
+            for slot in [slot for slot, (_, process) in running.items() if process.poll() is not None]:
+                log, process = running.pop(slot)
+                free.append(slot)
+                failed += [str(log)] * (process.returncode != 0)
+    finally:
+        for _, process in running.values():
+            process.terminate()
+        for _, process in running.values():
+            process.wait()
+        signal.signal(signal.SIGTERM, old)
+    if failed:
+        raise UserError(f"{len(failed)} calls failed, of which {', '.join(failed)} tell; mend that and start the command again")
+
+
+def train_all(args, out: Path) -> None:
     data, device = out / "data", f"--device {args.device}" if args.device else ""
-    if not (data / "gsm-hard-test.jsonl").exists():  # the last to be written
-        write_data(source, data, args.smoke)
     small, whole = (sum(1 for _ in open(data / f"{name}.jsonl", encoding="utf-8")) for name in ("small", "train"))
     of = lambda *names: [data / f"{name}.jsonl" for name in names]
     tests = of(*(test for test in TESTS if test in (*args.tests, "gsm8k-test")))
@@ -244,11 +292,6 @@ def train_all(args, out: Path) -> None:
                           data=solutions)
             if args.alone:
                 evaluation(flags, home / "alone", run, of("gsm8k-test"))
-    write_json(out / "results.json", {
-        "model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
-        "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
-        "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL, "variants": {name: vars(v) for name, v in VARIANTS.items()}},
-        "runs": collect(out)})
 
 
 def report(found: dict, out: Path) -> None:

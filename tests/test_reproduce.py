@@ -27,6 +27,16 @@ def test_smoke(command, checkpoint, data, tmp_path):
     assert latent["gsm8k-test.cut-4"]["chain_length"] <= 4 and latent["gsm8k-test.floor"]["chain_length"] == 0
     table = (out / "table.md").read_text()
     assert f"| Latent-r2 | 1 | {latent['gsm8k-valid']['accuracy']:.1f}" in table and "SMOKE" in table
+    made_before = (out / "seed1" / "phase1" / "r2--w-anchor1" / "joint" / "decoder.safetensors").stat().st_mtime
+    code, printed, error = command(reproduce.main, *arguments, "--variants", "r2-LoRA", "CoT-SFT", "--jobs", 2)  # calls of its own
+    assert code == 0, error + (out / "r2-LoRA-1.log").read_text()
+    results = json.loads((out / "results.json").read_text())
+    assert set(results["runs"]) == {"CoT-SFT", "Latent-r2", "r2-LoRA"} and "| r2-LoRA | 1 |" in printed
+    assert (out / "seed1" / "phase1" / "r2--w-anchor1" / "joint" / "decoder.safetensors").stat().st_mtime == made_before  # shared
+    (out / "seed1" / "r2-LoRA" / "eval" / "settings.json").write_text("{}")
+    (out / "seed1" / "r2-LoRA" / "eval" / "gsm8k-test.json").unlink()
+    code, _, error = command(reproduce.main, *arguments, "--variants", "r2-LoRA", "CoT-SFT", "--jobs", 2)
+    assert code == 1 and "1 calls failed, of which" in error and "another evaluation" in (out / "r2-LoRA-1.log").read_text()
     results["runs"]["Latent-r2"]["seed1"]["gsm8k-valid"]["accuracy"] = 12.3
     (out / "results.json").write_text(json.dumps(results))
     assert command(reproduce.main, "--out", out, "--report")[0] == 0

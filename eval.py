@@ -29,7 +29,7 @@ from tqdm import tqdm
 from cache_latents import encode
 from data import Example, bare_chain, read_jsonl, text_field
 from grade import Grader, boxed
-from latents import entropy
+from latents import HIDDEN, entropy
 from load_hf_weights import base_dtype, fingerprint, load_model
 from runs import UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, run_main, start, write_json, write_text
 from sample import OPENING, Result, Sampling, add_sampling_arguments, sampler, sampling
@@ -273,6 +273,8 @@ def main():
     for which in args.arms:
         if settings_of(which, settings).thinking != "latent" and which not in ("free", "floor"):
             raise UserError(f"--arms {which}: is for thinking in latents, and this model's thinking is {settings.thinking}")
+        if which.startswith("top-") and (settings.top_k == HIDDEN or int(which[4:]) > model.config.vocab_size):
+            raise UserError(f"--arms {which}: is for superpositions of at most the {model.config.vocab_size} tokens there are")
         if which == "written":
             if not all(p.chain and p.chain.strip() for problems in problems_of.values() for p in problems):
                 raise UserError("--arms written: a problem without a written chain; give files in the training schema")

@@ -11,6 +11,7 @@ training, that is right most often on gsm8k-valid (of an ablation, the last). --
 MAIN variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
 """
 
+import argparse
 from contextlib import suppress
 from dataclasses import dataclass
 import fcntl
@@ -119,7 +120,7 @@ def stage(script: str, flags: str, out: Path, *done: str, **paths) -> None:
     with open(out.parent / f".{out.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not all((out / name).exists() for name in done):
-            call(script, flags, out=out, **paths)
+            call(script, flags, lock, out=out, **paths)
 
 
 def evaluation(flags: str, out: Path, model: Path, data: list[Path], arms: str = "free") -> None:
@@ -148,12 +149,15 @@ def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, dev
 
 def choose(run: Path, home: Path, flags: str, valid: Path) -> Path:
     """Of a run and what it kept on its way, the model that is right most often on gsm8k-valid; home/chosen.json tells of all."""
+    chosen = home / "chosen.json"
+    if chosen.exists():
+        return next(model for model in (run, *run.glob("step-*")) if model.name == read_json(chosen)["chosen"])
     models, found = [run, *sorted(run.glob("step-*"))], {}
     for model in models if len(models) > 1 else ():
         evaluation(flags, home / f"valid-{model.name}", model, [valid])
         found[model.name] = read_json(home / f"valid-{model.name}" / f"{valid.stem}.json")["accuracy"]
     best = max(models, key=lambda model: found.get(model.name, 0))
-    write_json(home / "chosen.json", {"chosen": best.name, "on_valid": found, "device": gpu_name(), "torch": torch.__version__})
+    write_json(chosen, {"chosen": best.name, "on_valid": found, "device": gpu_name(), "torch": torch.__version__})
     return best
 
 
@@ -177,14 +181,15 @@ def gpu_name() -> str:
 def collect(out: Path) -> dict:
     """What lies in `out`, as results.json has it: {variant: {seed: {what was measured: its summary}}}."""
     runs = {}
-    for name, home in ((name, home) for name in VARIANTS for home in sorted(out.glob(f"seed*/{name}")) if (home / "eval" / "gsm8k-test.json").exists()):
+    homes = [home for name in VARIANTS for home in sorted(out.glob(f"seed*/{name}")) if (home / "eval" / "gsm8k-test.json").exists()]
+    for home in homes:
         parts = {"": home / "eval", "student.": home / "student", "alone.": home / "alone",
-                 "phase1.": home.parent / "phase1" / VARIANTS[name].latents / "eval"}
-        found = {part + path.stem: read_json(path) for part, directory in parts.items() for path in sorted(directory.glob("*.json"))
-                 if path.name != "settings.json"}
+                 "phase1.": home.parent / "phase1" / VARIANTS[home.name].latents / "eval"}
+        files = [(part, file) for part, directory in parts.items() for file in sorted(directory.glob("*.json"))]
+        found = {part + file.stem: read_json(file) for part, file in files if file.name != "settings.json"}
         if (home / "n_eff" / "n_eff.json").exists():
             found["n_eff"] = read_json(home / "n_eff" / "n_eff.json")
-        runs.setdefault(name, {})[home.parent.name] = found | {"made": read_json(home / "chosen.json")}
+        runs.setdefault(home.name, {})[home.parent.name] = found | {"made": read_json(home / "chosen.json")}
     return runs
 
 
@@ -199,7 +204,8 @@ def main():
     p.add_argument("--tests", nargs="+", choices=TESTS, default=list(TESTS), help="what to evaluate on; gsm8k-test always")
     p.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], help="all variants once for each")
     p.add_argument("--jobs", type=at_least(1), default=1, help="variants at a time, GPUs taken in turn; each writes to a log file in OUT")
-    p.add_argument("--alone", action="store_true", help="also take the seconds per problem anew, for when others were at work on the GPU")
+    p.add_argument("--alone", action=argparse.BooleanOptionalAction, default=False,
+                   help="in the end, take the seconds per problem anew, one variant after the other: with --jobs all disturb each other")
     p.add_argument("--smoke", action="store_true", help="two steps on a few rows, to see that everything runs")
     p.add_argument("--report", action="store_true", help="only table and pictures, from results.json")
     args = p.parse_args()
@@ -207,14 +213,20 @@ def main():
     if not args.report:
         if not (args.model and args.data):
             raise UserError("--model, --data: name the checkpoint directory and that of the data (or --report)")
+        if args.jobs > 1 and args.device not in (None, "cpu", "cuda"):
+            raise UserError(f"--device {args.device}: leave it out, --jobs takes the GPUs in turn")
         prepare(args, out)
-        (train_all if args.jobs == 1 else side_by_side)(args, out)
+        failed = side_by_side(args, out) if args.jobs > 1 else []
+        if args.jobs == 1 or args.alone and not failed:
+            train_all(args, out)
         write_json(out / "results.json", {
             "model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
             "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
             "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL,
                          "variants": {name: vars(v) for name, v in VARIANTS.items()}},
             "runs": collect(out)})
+        if failed:
+            raise UserError(f"{len(failed)} calls failed, of which {', '.join(failed)} tell; mend that and start the command again")
     report(read_json(out / "results.json"), out)
 
 
@@ -230,8 +242,9 @@ def prepare(args, out: Path) -> None:
         write_data(source, out / "data", args.smoke)
 
 
-def side_by_side(args, out: Path) -> None:
-    """Trains each variant by a call of its own, --jobs at a time; where two want the same, one waits (see `stage`)."""
+def side_by_side(args, out: Path) -> list[str]:
+    """Trains each variant by a call of its own, --jobs at a time; where two want the same, one waits (see `stage`). Returns the logs of
+    those that failed."""
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     waiting = [(name, seed) for name in sorted(args.variants, key=lambda name: name != "CoT-SFT") for seed in args.seeds][::-1]
     running, failed, free = {}, [], list(range(args.jobs))[::-1]
@@ -241,9 +254,10 @@ def side_by_side(args, out: Path) -> None:
             while waiting and free:
                 (name, seed), slot = waiting.pop(), free.pop()
                 log = out / f"{name}-{seed}.log"
-                command = [sys.executable, __file__, *sys.argv[1:], "--variants", name, "--seeds", str(seed), "--jobs", "1"]
+                command = [sys.executable, __file__, *sys.argv[1:], "--variants", name, "--seeds", str(seed), "--jobs", "1", "--no-alone"]
+                environment = os.environ | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]}
                 with open(log, "a", encoding="utf-8") as f:
-                    running[slot] = log, subprocess.Popen(command, stdout=f, stderr=f, env=os.environ | {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]})
+                    running[slot] = log, subprocess.Popen(command, stdout=f, stderr=f, env=environment)
                 print(f"{name}, seed {seed}: {log}", flush=True)
             time.sleep(0.5)
             for slot in [slot for slot, (_, process) in running.items() if process.poll() is not None]:
@@ -256,8 +270,7 @@ def side_by_side(args, out: Path) -> None:
         for _, process in running.values():
             process.wait()
         signal.signal(signal.SIGTERM, old)
-    if failed:
-        raise UserError(f"{len(failed)} calls failed, of which {', '.join(failed)} tell; mend that and start the command again")
+    return failed
 
 
 def train_all(args, out: Path) -> None:

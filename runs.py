@@ -222,11 +222,11 @@ def at_least(low, kind=int):
     return number
 
 
-def share(text: str) -> float:
-    """An argparse type: a number from 0 to below 1."""
+def share(text: str, whole: bool = False) -> float:
+    """An argparse type: a number from 0 to below 1, or to 1 if `whole`."""
     value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, not {text}")
+    if not (0 <= value < 1 or whole and value == 1):
+        raise argparse.ArgumentTypeError(f"must be from 0 to {'' if whole else 'below '}1, not {text}")
     return value
 
 
@@ -241,19 +241,26 @@ def finished_run(path: str | Path, command: str) -> dict:
     return config
 
 
-def call(script: str, settings: str, **paths) -> None:
+def call(script: str, settings: str, lock=None, **paths) -> None:
     """Runs another script of this program with the flags `settings` and --key value for each of `paths` (a value may be a list); ends
-    this one, with its exit code, if it fails. Ctrl-C reaches it too, and SIGTERM is passed on: it saves what it has."""
+    this one, with its exit code, if it fails. Ctrl-C reaches it too, and SIGTERM is passed on: it saves what it has. The file `lock`
+    stays open as long as it runs, even if this program is killed."""
     flags = [str(x) for key, value in paths.items() for x in ("--" + key, *(value if isinstance(value, list) else [value]))]
-    process = subprocess.Popen([sys.executable, Path(__file__).parent / script, *flags, *settings.split()])
-    old = signal.signal(signal.SIGTERM, lambda number, frame: process.terminate())
+    process = subprocess.Popen([sys.executable, Path(__file__).parent / script, *flags, *settings.split()],
+                               pass_fds=[] if lock is None else [lock.fileno()])
+    asked = []
+
+    def stop(number, frame):
+        asked.append(128 + number)
+        process.terminate()
+    old = signal.signal(signal.SIGTERM, stop)
     try:
         code = process.wait()
     except KeyboardInterrupt:
         code = process.wait() or 130
     signal.signal(signal.SIGTERM, old)
-    if code:
-        sys.exit(code)
+    if code or asked:
+        sys.exit(code or asked[0])
 
 
 def run_main(main) -> None:

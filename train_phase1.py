@@ -135,8 +135,8 @@ def main():
                    "instead, an ablation; default: that of --init, or 10")
     p.add_argument("--no-induction", action="store_true", default=None, help="a plain causal mask for the encoder, an ablation")
     p.add_argument("--no-segments", action="store_true", default=None, help="a decoder without chain tokens, an ablation")
-    p.add_argument("--w-anchor", type=at_least(0, float), default=0.0, help="weight of a loss that keeps each latent on the tokens of its own "
-                   "segment while the encoder learns; 0: none, as in the paper")
+    p.add_argument("--w-anchor", type=at_least(0, float), help="weight of a loss that keeps each latent on the tokens of its own segment "
+                   "while the encoder learns; default: that of --init, or 0, which is the paper's")
     add_training_arguments(p, lr=1e-4, epochs=10)
     p.set_defaults(lora_rank=None)
     args = p.parse_args()
@@ -156,6 +156,8 @@ def main():
             raise UserError(f"{args.init}: was trained with {key} {before[key]}, not {given}; "
                             f"leave --{key.replace('_', '-')} out")
 
+    if args.w_anchor is None:
+        args.w_anchor = before.get("w_anchor", 0.0)
     rank, world, device = start(args.device)
     torch.manual_seed(args.seed)
     model, tokenizer, _ = load_model(args.model, "cpu" if args.shard else device, base_dtype(device))

@@ -8,6 +8,7 @@ cached latents, what the model itself makes of the positions before them. See do
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +21,7 @@ from load_hf_weights import base_dtype, load_model, replace_checkpoint, resolve
 import lora
 from masks import causal
 from model import Model
-from runs import UserError, at_least, finished_run, parser, run_main, start
+from runs import UserError, at_least, finished_run, parser, run_main, share, start
 from train_phase1 import finished_encoder
 from trainer import Task, add_training_arguments, train
 
@@ -79,7 +80,8 @@ class Phase2(Task):
         x = x.to(base_dtype(x.device)) if self.source else x  # weights that learn are float32
         x = x.index_copy(0, row.latent_index, latents.embed(probs, ids, E.detach(), self.k).to(x.dtype))
         if self.own_share and self.training:
-            x = self._read_own(x, row)
+            chosen = torch.rand(row.labels.documents, device=x.device)[row.labels.document[row.latent_index]] < self.own_share
+            x = x.index_copy(0, row.latent_index, torch.where(chosen[:, None], self._own_latents(x, row), x[row.latent_index]))
         h = self._run(x, row)
         before = h[row.latent_index - 1]
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets),
@@ -90,13 +92,12 @@ class Phase2(Task):
         return run_row(self.model, x, row, causal, None if self.source else "student")
 
     @torch.no_grad()
-    def _read_own(self, x, row):
-        """x, but in a share of the examples with the latents that inference would feed, were all before them the cached ones: where the
-        model is in doubt they are mixtures, which no cached latent is, and which it has to learn to go on from."""
+    def _own_latents(self, x, row):
+        """What inference would feed for each latent, were all before it the cached ones of x: where the model is in doubt a mixture, which no
+        cached latent is, and which it has to learn to go on from."""
         before = self._run(x, row)[row.latent_index - 1]
         own = latents.embed(*latents.induce(before, self.model.head.to(x.dtype), self.k), self.model.embed_tokens.weight, self.k)
-        chosen = torch.rand(row.labels.documents, device=x.device)[row.labels.document[row.latent_index]] < self.own_share
-        return x.index_copy(0, row.latent_index, torch.where(chosen[:, None], own.to(x.dtype), x[row.latent_index]))
+        return own.to(x.dtype)
 
     def save(self, out: Path):
         if self.source:
@@ -116,7 +117,7 @@ def main():
     p.add_argument("--w-kl", type=at_least(0, float), default=1.0, help="weight of the latents' KL")
     p.add_argument("--noise", type=at_least(0, float), default=0.0, help="scale of Gumbel noise on the latents; 0: none")
     p.add_argument("--noise-temperature", type=at_least(0.01, float), default=1.0, help="temperature of the noisy softmax")
-    p.add_argument("--own-share", type=at_least(0, float), default=0.0, help="share of examples that read the model's own latents instead of "
+    p.add_argument("--own-share", type=partial(share, whole=True), default=0.0, help="share of examples that read the model's own latents instead of "
                    "the cached ones, which stay the targets; 0: none, as in the paper")
     add_training_arguments(p, lr=3e-4, epochs=50)
     p.set_defaults(lora_rank=None, lora_dropout=None)  # 64 and 0.1, unless all weights learn

@@ -70,7 +70,8 @@ def flops(config, phase: int, examples, args) -> float:
     lora_weights = config.num_hidden_layers * sum(args.lora_rank * (a + b) for a, b in shapes)
     rows = [(rule, data.pack_row(layout, [e], args.compression)) for layout, rule in RULES[phase].items() for e in examples]
     tokens, pairs = sum(len(row.ids) for _, row in rows), sum(int(dense(rule, row.labels).sum()) for rule, row in rows)
-    labels, latents = sum(len(row.targets) for _, row in rows), sum(data.num_latents(e, args.compression) for e in examples)
+    labels = sum(data.num_targets(layout, e, args.compression) for layout in RULES[phase] if layout != "encoder" for e in examples)
+    latents = sum(data.num_latents(e, args.compression) for e in examples)
     head = config.vocab_size * d * (4 * labels + (2 if phase == 1 else 4) * latents)
     return tokens * (4 * weights + 6 * lora_weights) + 12 * pairs * heads * config.num_hidden_layers + head
 
@@ -206,6 +207,8 @@ def measured(sides, args, device, profile_to=None) -> list:
         if profile_to:
             profile(partial(steps[0], 0), profile_to)
     except torch.cuda.OutOfMemoryError:
+        if dist.is_initialized():  # the others are waiting for this rank
+            raise
         return [None] * len(sides)
     return [(sum(times), memory, loss) for times, loss in zip(zip(*seconds[WARM_UP[device.type]:]), losses)]
 
@@ -282,6 +285,8 @@ def main():
     sizes = [args.batch_size] if args.reference_batch_size is None and world == 1 else args.reference_batch_size or []
     if world > 1 and sizes:
         p.error("--reference-batch-size: the reference runs on one GPU; leave torchrun out, or this")
+    if world > 1 and args.profile:
+        p.error("--profile: is for one process; leave torchrun out")
     if world == 1 and args.shard:
         p.error("--shard: spreads the layers over ranks; start it with torchrun")
     with shape_of(args) as args.directory, open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank else sys.stdout):

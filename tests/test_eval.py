@@ -153,6 +153,8 @@ def test_arms(command, checkpoint, data, tmp_path):
     assert all(f"| train | {arm} |" in printed for arm in arms) and (tmp_path / "table.md").read_text().count("\n| train |") == len(arms)
     code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / "text", "--arms", "random")
     assert code == 1 and "this model's thinking is text" in error
+    code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / "top", *ARGUMENTS, "--arms", "top-999999")
+    assert code == 1 and "--arms top-999999: is for superpositions of at most" in error
 
 
 def test_real_benchmarks(grader):

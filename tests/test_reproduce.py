@@ -28,10 +28,11 @@ def test_smoke(command, checkpoint, data, tmp_path):
     table = (out / "table.md").read_text()
     assert f"| Latent-r2 | 1 | {latent['gsm8k-valid']['accuracy']:.1f}" in table and "SMOKE" in table
     made_before = (out / "seed1" / "phase1" / "r2--w-anchor1" / "joint" / "decoder.safetensors").stat().st_mtime
-    code, printed, error = command(reproduce.main, *arguments, "--variants", "r2-LoRA", "CoT-SFT", "--jobs", 2)  # calls of its own
+    code, printed, error = command(reproduce.main, *arguments, "--variants", "r2-LoRA", "CoT-SFT", "--jobs", 2, "--alone")  # calls of its own
     assert code == 0, error + (out / "r2-LoRA-1.log").read_text()
     results = json.loads((out / "results.json").read_text())
     assert set(results["runs"]) == {"CoT-SFT", "Latent-r2", "r2-LoRA"} and "| r2-LoRA | 1 |" in printed
+    assert ["alone.gsm8k-test" in results["runs"][name]["seed1"] for name in ("CoT-SFT", "Latent-r2", "r2-LoRA")] == [True, False, True]
     assert (out / "seed1" / "phase1" / "r2--w-anchor1" / "joint" / "decoder.safetensors").stat().st_mtime == made_before  # shared
     (out / "seed1" / "r2-LoRA" / "eval" / "settings.json").write_text("{}")
     (out / "seed1" / "r2-LoRA" / "eval" / "gsm8k-test.json").unlink()

@@ -158,6 +158,13 @@ def test_own_latents(checkpoint, examples, tied, k):
         kl.append((torch.xlogy(alpha, alpha) - alpha * log_q).sum(-1).mean())
     expected = (0.7 * oracle.mean(ce) + 1.3 * torch.stack(kl).mean()).item()
     assert mean_loss(task, with_latents)[0] == pytest.approx(expected, abs=1e-4)
+    model = load_checkpoint(directory)
+    gradients = []
+    for share in (0.0, 1e-9):  # the mere passing by of own latents, which takes no gradient, leaves all gradients as they are
+        gradients.append(mean_loss(Phase2(model, 2, k, source=directory, own_share=share), with_latents)[1])
+    assert gradients[0].keys() == gradients[1].keys() and "model.embed_tokens.weight" in gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
     task.eval()
     cached, _ = phase2_task(directory, examples, k=k)
     assert mean_loss(task, with_latents)[0] == pytest.approx(mean_loss(cached, with_latents)[0], abs=1e-6) != pytest.approx(expected, abs=1e-3)

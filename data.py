@@ -149,7 +149,7 @@ def pack_row(name: str, examples: list[Example], r: int = 1, ends: list[np.ndarr
     labels = Labels(document.int(), kind.int(), segment.int(), len(parts), max(lengths))
     is_target = kind == TEXT if name == "encoder" else (kind == TEXT) | (kind == ANSWER)
     labeled, latent_index = is_target.nonzero().squeeze(1), (kind == LATENT).nonzero().squeeze(1)
-    target_index = latent_index[torch.searchsorted(latent_index, labeled)] if name == "encoder" else labeled - 1
+    target_index = latent_index[torch.searchsorted(latent_index, labeled)] if name == "encoder" else labeled - 1  # the one right before
     return Row(ids, positions, labels, latent_index, target_index, ids[labeled])
 
 

@@ -147,8 +147,8 @@ def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, dev
     return out, joint
 
 
-def choose(run: Path, home: Path, flags: str, valid: Path) -> Path:
-    """Of a run and what it kept on its way, the model that is right most often on gsm8k-valid; home/chosen.json tells of all."""
+def choose(run: Path, home: Path, flags: str, valid: Path, gpu: str) -> Path:
+    """Of a run and what it kept on its way, the model that is right most often on gsm8k-valid; home/chosen.json tells of all, and of `gpu`."""
     chosen = home / "chosen.json"
     if chosen.exists():
         return next(model for model in (run, *run.glob("step-*")) if model.name == read_json(chosen)["chosen"])
@@ -157,7 +157,7 @@ def choose(run: Path, home: Path, flags: str, valid: Path) -> Path:
         evaluation(flags, home / f"valid-{model.name}", model, [valid])
         found[model.name] = read_json(home / f"valid-{model.name}" / f"{valid.stem}.json")["accuracy"]
     best = max(models, key=lambda model: found.get(model.name, 0))
-    write_json(chosen, {"chosen": best.name, "on_valid": found, "device": gpu_name(), "torch": torch.__version__})
+    write_json(chosen, {"chosen": best.name, "on_valid": found, "device": gpu, "torch": torch.__version__})
     return best
 
 
@@ -172,10 +172,6 @@ def solve_differently(cot_sft: Path, home: Path, flags: str, valid: Path) -> Pat
     with suppress(UserError):
         load_solutions([str(home / "solutions.jsonl")])
         return home / "solutions.jsonl"
-
-
-def gpu_name() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
 
 
 def collect(out: Path) -> dict:
@@ -278,6 +274,7 @@ def train_all(args, out: Path) -> None:
     small, whole = (sum(1 for _ in open(data / f"{name}.jsonl", encoding="utf-8")) for name in ("small", "train"))
     of = lambda *names: [data / f"{name}.jsonl" for name in names]
     tests = of(*(test for test in TESTS if test in (*args.tests, "gsm8k-test")))
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
     flags = f"{EVAL} {device}" + (" --max-latents 8 --max-new-tokens 8 --batch-size 4" if args.smoke else "")
     for seed in args.seeds:
         def how(stage, v):
@@ -292,14 +289,14 @@ def train_all(args, out: Path) -> None:
             v, home = VARIANTS[name], seeded / name
             print(f"\n{name}, seed {seed}", flush=True)
             run, phase1 = train_variant(name, v, cot_sft if v.r else Path(args.model), seeded, data, device, partial(how, v=v))
-            run = choose(run, home, flags, *of("gsm8k-valid"))
+            run = choose(run, home, flags, *of("gsm8k-valid"), gpu)
             cot_sft = run if name == "CoT-SFT" else cot_sft
             evaluation(flags, home / "eval", run, tests)
             if v.r and v.ceiling:  # what phase 1's decoder does with its encoder's latents of the written chains
                 evaluation(flags, phase1.parent / "eval", phase1, of("valid"), "written")
             if v.arms:
                 evaluation(flags, home / "eval", run, of("gsm8k-test"), ARMS)
-                evaluation(flags, home / "student", run, of("valid"), "free written top-2 top-4")
+                evaluation(flags, home / "student", run, of("valid"), "written top-2 top-4")
                 if solutions := solve_differently(cot_sft, seeded / "CoT-SFT", flags, *of("valid")):
                     stage("analyze.py", f"--seed {seed} --max-latents 64 {device}", home / "n_eff", "n_eff.json", model=run,
                           data=solutions)
@@ -330,11 +327,11 @@ def report(found: dict, out: Path) -> None:
         lines += ["", "| gsm8k-test | seed | arm | accuracy % | #L | answer tokens |", "| --- | --- | --- | --- | --- | --- |"]
         lines += [f"| {name} | {seed.removeprefix('seed')} | {arm} | {s['accuracy']:.1f} ± {s['interval']:.1f} | {s['chain_length']:.1f} | "
                   f"{s['answer_tokens']:.1f} |" for name, seed, arm, s in arms]
-    held = [(name, seed, s) for name, seeds in found["runs"].items() for seed, s in seeds.items() if "student.valid" in s]
+    held = [(name, seed, s) for name, seeds in found["runs"].items() for seed, s in seeds.items() if "ecr@5" in s.get("gsm8k-valid", {})]
     if held:
         lines += ["", "| latents, gsm8k-valid | seed | ECR@5 | ECR@10 | entropy, nats | N_eff | random | problems |", "| --- |" + " --- |" * 7]
     for name, seed, s in held:
-        own = s["student.valid"]
+        own = s["gsm8k-valid"]
         cells = [f"{own[key]:.2f}" if key in own else "" for key in ("ecr@5", "ecr@10", "entropy")]
         cells += [f"{s['n_eff'][key]:.3f}" for key in ("n_eff", "random")] + [f"{s['n_eff']['problems']}"] if "n_eff" in s else ["", "", ""]
         lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + " |")

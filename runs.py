@@ -211,22 +211,22 @@ def parser(description: str, seed: bool = True, device: bool = True) -> argparse
     return p
 
 
-def at_least(low, kind=int):
-    """An argparse type: a finite number not below `low`."""
+def at_least(low, kind=int, most=None):
+    """An argparse type: a finite number not below `low`, and not above `most` if that is given."""
     def number(text):
         value = kind(text)
-        if not low <= value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be a number of at least {low}, not {text}")
+        if not low <= value < float("inf") or most is not None and value > most:
+            raise argparse.ArgumentTypeError(f"must be a number of at least {low}{'' if most is None else f' and at most {most}'}, not {text}")
         return value
     number.__name__ = kind.__name__
     return number
 
 
-def share(text: str, whole: bool = False) -> float:
-    """An argparse type: a number from 0 to below 1, or to 1 if `whole`."""
+def share(text: str) -> float:
+    """An argparse type: a number from 0 to below 1."""
     value = float(text)
-    if not (0 <= value < 1 or whole and value == 1):
-        raise argparse.ArgumentTypeError(f"must be from 0 to {'' if whole else 'below '}1, not {text}")
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, not {text}")
     return value
 
 

@@ -8,7 +8,6 @@ cached latents, what the model itself makes of the positions before them. See do
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +20,7 @@ from load_hf_weights import base_dtype, load_model, replace_checkpoint, resolve
 import lora
 from masks import causal
 from model import Model
-from runs import UserError, at_least, finished_run, parser, run_main, share, start
+from runs import UserError, at_least, finished_run, parser, run_main, start
 from train_phase1 import finished_encoder
 from trainer import Task, add_training_arguments, train
 
@@ -117,8 +116,8 @@ def main():
     p.add_argument("--w-kl", type=at_least(0, float), default=1.0, help="weight of the latents' KL")
     p.add_argument("--noise", type=at_least(0, float), default=0.0, help="scale of Gumbel noise on the latents; 0: none")
     p.add_argument("--noise-temperature", type=at_least(0.01, float), default=1.0, help="temperature of the noisy softmax")
-    p.add_argument("--own-share", type=partial(share, whole=True), default=0.0, help="share of examples that read the model's own latents instead of "
-                   "the cached ones, which stay the targets; 0: none, as in the paper")
+    p.add_argument("--own-share", type=at_least(0, float, most=1), default=0.0, help="share of examples that read the model's own latents "
+                   "instead of the cached ones, which stay the targets; 0: none, as in the paper")
     add_training_arguments(p, lr=3e-4, epochs=50)
     p.set_defaults(lora_rank=None, lora_dropout=None)  # 64 and 0.1, unless all weights learn
     args = p.parse_args()

@@ -115,8 +115,7 @@ def ours(phase: int, ranks: int, batches, args, device):
     if device.type == "cuda":
         shape = data.row_shape([task.length(e) for batch in batches for e in batch], len(batches[0]) / ranks, args.row_tokens)
         task.model.graphs = None if args.checkpoint_activations or args.shard else {}
-        if rank == 0:
-            print(f"    rows of {shape.tokens} tokens")
+        print(f"    rows of {shape.tokens} tokens")
     dealt = [deal(task, batch, args.row_tokens, shape, rank, ranks) for batch in batches]
     rows = [[task.row(row) for row in mine] for mine, _ in dealt]
 

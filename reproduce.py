@@ -6,8 +6,8 @@
     python reproduce.py --out results/smollm2 --report                                        # table and pictures again
 
 DIR holds gsm8k-train.jsonl, gsm8k-valid.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
-done by the project's own scripts; what is finished is not done again. Of each variant the model is chosen, out of three along its
-training, that is right most often on gsm8k-valid (of an ablation, the last). --minutes scale the epochs: about those of one H100 for the
+done by the project's own scripts; what is finished is not done again. Of each Latent variant the model is chosen, out of three along
+phase 2, that is right most often on gsm8k-valid (of an ablation, the last). --minutes scale the epochs: about those of one H100 for the
 MAIN variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
 """
 
@@ -34,7 +34,7 @@ from load_hf_weights import read_config
 from runs import UserError, at_least, call, file_hash, open_run, parser, read_json, run_main, write_json, write_text
 
 TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
-EPOCHS = {"sft": 4.0, "encoder": 0.35, "decoder": 0.15, "joint": 1.0, "phase2": 10.0}  # in 60 minutes
+EPOCHS = {"sft": 4.0, "encoder": 0.35, "decoder": 0.15, "joint": 1.0, "phase2": 12.0}  # in 60 minutes
 SFT = "--lr 5e-4 --batch-size 128"
 PHASE1 = "--lr 5e-4 --warmup 0.1 --batch-size 128"
 ANCHOR = "--w-anchor 1"
@@ -42,7 +42,7 @@ PHASE2 = "--lr 5e-4 --batch-size 128"
 OWN = "--own-share 0.5"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
 SHORT = 0.4
-KEEP = "--keep 2"  # and the end: what is right most often on gsm8k-valid is chosen
+KEEP = "--keep 2"  # models of phase 2, and the end: what is right most often on gsm8k-valid is chosen
 SMOKE = "--max-steps 2 --batch-size 4"
 ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents are good for, on gsm8k-test
 
@@ -76,6 +76,7 @@ VARIANTS = {
     "Latent-r2": Variant(2, arms=True),
     "Latent-r3": Variant(3),
     "Latent-r4": Variant(4, arms=True),
+    "r1-short": Variant(1, short=True),  # as many latents as tokens: the price of latents without that of compression
     "r2-short": Variant(short=True),
     "r2-no-anchor": Variant(phase1="", short=True),
     "r2-no-own": Variant(phase2="--all-weights", short=True),
@@ -134,7 +135,7 @@ def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, dev
     files = {"data": data / ("small.jsonl" if v.small else "train.jsonl"), "valid": data / "valid.jsonl"}
     out = home / name / "model"
     if not v.r:
-        stage("train_sft.py", f"{SFT} {KEEP} {v.sft} {how('sft')}", out, "finished.json", model=base, **files)
+        stage("train_sft.py", f"{SFT} {v.sft} {how('sft')}", out, "finished.json", model=base, **files)
         return out, None
     phase1 = home / "phase1" / v.latents
     encoder, decoder, joint, cache = (phase1 / step for step in ("encoder", "decoder", "joint", "cache"))
@@ -291,6 +292,8 @@ def train_all(args, out: Path) -> None:
             run, phase1 = train_variant(name, v, cot_sft if v.r else Path(args.model), seeded, data, device, partial(how, v=v))
             run = choose(run, home, flags, *of("gsm8k-valid"), gpu)
             cot_sft = run if name == "CoT-SFT" else cot_sft
+            if name not in args.variants:
+                continue  # trained for others to start from
             evaluation(flags, home / "eval", run, tests)
             if v.r and v.ceiling:  # what phase 1's decoder does with its encoder's latents of the written chains
                 evaluation(flags, phase1.parent / "eval", phase1, of("valid"), "written")

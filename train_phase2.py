@@ -4,7 +4,8 @@
 
 Loss = w_ce * CE(</think> A) + w_kl * KL(alpha || q), q the softmax of the LM head at the position before each latent; KL is
 averaged over the latents of an example, then over examples. With --own-share, part of the examples read, in the place of the
-cached latents, what the model itself makes of the positions before them. See docs/METHOD.md.
+cached latents, what the model itself makes of the positions before them. Where latents are hidden states, their squared error is added. See
+docs/METHOD.md.
 """
 
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from model import Model
 from runs import UserError, at_least, finished_run, parser, run_main, start
 from train_phase1 import finished_encoder
 from trainer import Task, add_training_arguments, train
+
+READ = 10  # tokens that a hidden state is read as, where latents are hidden states
 
 
 @dataclass
@@ -57,13 +60,13 @@ class Phase2(Task):
         super().__init__()
         self.model, self.r, self.k, self.source = model.requires_grad_(True) if source else model, r, k, source
         self.noise, self.temperature, self.end_think, self.own_share = noise, temperature, end_think, own_share
-        self.weights = {"ce": w_ce, "kl": w_kl}  # "kl" is the squared error where latents are hidden states
+        self.weights = {"ce": w_ce, "kl": w_kl} | ({"error": w_kl} if k == latents.HIDDEN else {})
 
     def length(self, example):
         return num_tokens("latent", example, self.r)
 
     def counts(self, examples):
-        return {"ce": sum(num_targets("latent", e, self.r) for e in examples), "kl": len(examples)}
+        return {"ce": sum(num_targets("latent", e, self.r) for e in examples), "kl": len(examples), "error": len(examples)}
 
     def row(self, examples):
         weights = [torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples]
@@ -82,10 +85,12 @@ class Phase2(Task):
             chosen = torch.rand(row.labels.documents, device=x.device)[row.labels.document[row.latent_index]] < self.own_share
             x = x.index_copy(0, row.latent_index, torch.where(chosen[:, None], self._own_latents(x, row), x[row.latent_index]))
         h = self._run(x, row)
-        before = h[row.latent_index - 1]
-        return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets),
-                "kl": latents.squared_error(before, probs, batch.weights) if self.k == latents.HIDDEN
-                else latents.kl_divergence(before, self.model.head, probs, ids, batch.weights)}
+        before, parts = h[row.latent_index - 1], {}
+        if self.k == latents.HIDDEN:  # besides being made, they are to be read as the words they stand for, never as </think>
+            parts["error"] = latents.squared_error(before, probs, batch.weights)
+            probs, ids = latents.induce(probs.to(E.dtype), E.detach(), READ)
+        return parts | {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets),
+                        "kl": latents.kl_divergence(before, self.model.head, probs, ids, batch.weights)}
 
     def _run(self, x, row):
         return run_row(self.model, x, row, causal, None if self.source else "student")

@@ -50,11 +50,11 @@ def test_phase1_loss(checkpoint, examples, k, induction, segments):  # noqa: F81
 
 
 def test_phase2_loss_of_hidden_states(checkpoint, examples):  # noqa: F811
-    """The squared error at the position before each latent stands for the KL; and all weights can learn."""
+    """At the position before each latent its squared error, and the KL to the tokens that it reads as; and all weights can learn."""
     directory, r = checkpoint("qwen3", True), 2
     model, torch_generator = load_checkpoint(directory), torch.Generator().manual_seed(1)
     hf = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float64)
-    with_latents, ce, errors = [], [], []
+    E, with_latents, ce, errors = hf.get_input_embeddings().weight, [], [], []
     for e in examples:
         ex = theirs(e)
         h = torch.randn(len(oracle.segments(ex.chain, r)), model.config.hidden_size, generator=torch_generator)
@@ -62,7 +62,9 @@ def test_phase2_loss_of_hidden_states(checkpoint, examples):  # noqa: F811
         out = oracle.forward(hf, "latent", ex, r, h.double())
         ce += oracle.token_losses(hf, out, oracle.labels("latent", ex, r))
         start = len(e.prompt) - 1
-        errors.append((out[start:start + len(h)] - h.double()).square().mean())
+        before, (alpha, ids, _) = out[start:start + len(h)], oracle.superposition(h, E, 10)
+        kl = (alpha * (alpha.log() - oracle.log_probs(hf, before).gather(-1, ids))).sum(-1)
+        errors.append((before - h.double()).square().mean() + kl.mean())
     task = Phase2(model, r, HIDDEN, 0.7, 1.3, source=directory)
     loss, gradients = mean_loss(task, with_latents)
     assert loss == pytest.approx((0.7 * oracle.mean(ce) + 1.3 * torch.stack(errors).mean()).item(), abs=1e-4)

@@ -169,15 +169,17 @@ class Done:
         self.file.close()
 
     def add(self, number: int, result: Result) -> None:
+        now = time.time()
         row = {"number": number, "tokens": result.tokens, "finished": result.finished, "probs": result.probs.tolist(),
-               "ids": result.ids.tolist(), "seconds": self.seconds + time.time() - self.begin}
+               "ids": result.ids.tolist(), "seconds": self.seconds + now - self.begin}
         self.file.write(json.dumps(row) + "\n")
         self.file.flush()
+        self.begin += time.time() - now  # writing down is not sampling
         self.results[number] = result
 
 
 def sampled(model, tokenizer, problems, args, settings, path: Path, rank: int, world: int, given=None) -> tuple[dict, float]:
-    """The results of all samples by number (problem times samples plus sample), and the seconds that it took, a GPU's compilation left out."""
+    """The results of all samples by number (problem times samples plus sample), and the seconds that it took, without a GPU's compilation and the writing down."""
     done = Done(path, rank)
     total = len(problems) * args.samples
     numbers = [n for n in range(total) if n not in done.results][rank::world]

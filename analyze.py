@@ -7,6 +7,7 @@ compares its latents with those that the encoder of its phase 1 makes of the cha
 problem, OUT/n_eff.json, the means, and OUT/latents.svg, the first problem's latents beside its first chain. See docs/METHOD.md.
 """
 
+from dataclasses import replace
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Example, bare_chain, pack_row, read_jsonl, text_field, to_device
+from data import Example, encode_chain, pack_row, read_jsonl, segment_ends, text_field, to_device, written_chain
 from eval import Problem, prediction
 from figures import draw_latents
 from grade import Grader, boxed
@@ -37,8 +38,8 @@ def load_solutions(paths: list[str]) -> list[tuple[Problem, list[str]]]:
     solutions = {}
     for path in paths:
         for row in read_jsonl(path):
-            chain = bare_chain(text_field(row, "cot", path))
-            problem = Problem(text_field(row, "problem", path), boxed(text_field(row, "cot_answer", path)) or "", chain)
+            pieces = written_chain(row, path)
+            problem, chain = Problem(text_field(row, "problem", path), boxed(text_field(row, "cot_answer", path)) or "", pieces), "".join(pieces)
             _, chains = solutions.setdefault(problem.text, (problem, []))
             if chain.strip() and chain.strip() not in map(str.strip, chains):
                 chains.append(chain)
@@ -90,7 +91,7 @@ def distributions(model: Model, prompt: list[int], probs: torch.Tensor, ids: tor
 def references(encoder: Encoder, example: Example, count: int, k: int) -> torch.Tensor:
     """The encoder's latents of the chain's `count` equal spans, [count, hidden_size]."""
     E = encoder.model.embed_tokens.weight
-    row = pack_row("encoder", [example], ends=[span_ends(len(example.chain), count)])
+    row = pack_row("encoder", [replace(example, ends=span_ends(len(example.chain), count))], r=0)
     return latents.superpose(*encoder(to_device(row, E.device), k), E).float().cpu()
 
 
@@ -141,10 +142,11 @@ def main():
     write_text(out / "n_eff.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     write_json(out / "n_eff.json", {"model": args.model, "data": args.data, "problems": len(lines), "paths": mean("paths"),
                                     "n_eff": mean("n_eff"), "random": mean("random"), "ratio": mean("n_eff") / mean("random")})
-    (problem, chains), r = solutions[0], run["compression"]
-    written = tokenizer.encode(chains[0])
+    (problem, _), r = solutions[0], run["compression"]
+    written, ends = encode_chain(problem.chain, tokenizer)
+    ends = segment_ends(Example([], written, [], [], ends), r)
     with Grader() as grader:
-        draw_latents(out / "latents.svg", problem.text, [tokenizer.decode(written[i:i + r]) for i in range(0, len(written), r)],
+        draw_latents(out / "latents.svg", problem.text, [tokenizer.decode(x.tolist()) for x in np.split(np.array(written), ends[:-1])],
                      prediction(problem, results[0], tokenizer, settings, r, grader))
     print(f"N_eff {mean('n_eff'):.3f}, with random matching {mean('random'):.3f}, over {len(lines)} problems of {mean('paths'):.1f} chains; "
           f"{out}/n_eff.json, {out}/latents.svg")

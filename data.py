@@ -19,11 +19,13 @@ from tokenizer import END_THINK, THINK, Tokenizer
 
 @dataclass
 class Example:
-    """Token ids (int lists) of one training example. `prompt` is Q <think>, `answer` ends with the end-of-turn token."""
+    """Token ids (int lists) of one training example. `prompt` is Q <think>, `answer` ends with the end-of-turn token. ends: where the
+    pieces of the chain end that the data has it in; a latent stands for each where r is 0."""
     prompt: list[int]
     chain: list[int]
     end_think: list[int]
     answer: list[int]
+    ends: list[int] | None = None
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -59,44 +61,60 @@ def text_field(row: dict, key: str, path) -> str:
     return value
 
 
-def bare_chain(cot: str) -> str:
-    """A written chain without the think tags around it."""
+def written_chain(row: dict, path) -> list[str]:
+    """The pieces of a row's chain: those of a list, or one, without the think tags around it. Raises UserError with file and line."""
+    cot = row.get("cot")
+    if isinstance(cot, list):
+        if not cot or not all(isinstance(piece, str) and piece for piece in cot):
+            raise UserError(f"{path}, line {row['_line']}: the field \"cot\" is a list, and not of texts with something in them; mend it")
+        return cot
+    cot = text_field(row, "cot", path)
     cot = cot.lstrip().removeprefix(THINK) if cot.lstrip().startswith(THINK) else cot
-    return cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot
+    return [cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot]
+
+
+def encode_chain(pieces: list[str], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Token ids of a chain, and where each of its pieces ends."""
+    ids = [tokenizer.encode(piece) for piece in pieces]
+    return sum(ids, []), np.cumsum([len(x) for x in ids]).tolist()
 
 
 def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True) -> list[Example]:
-    """Training examples from {"problem", "cot", "cot_answer"} lines; without `chain` the chains are left empty."""
+    """Training examples from {"problem", "cot", "cot_answer"} lines, "cot" a text or a list of its pieces; without `chain` the chains are left empty."""
     examples = []
     for row in read_jsonl(path):
         problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
-        cot = bare_chain(text_field(row, "cot", path)) if chain else ""
-        if chain and not cot.strip():
+        pieces = written_chain(row, path) if chain else []
+        if chain and not "".join(pieces).strip():
             raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds no chain between its think tags")
-        examples.append(Example(tokenizer.prompt(problem), tokenizer.encode(cot), tokenizer.end_think,
-                                tokenizer.encode(answer) + [tokenizer.end_of_turn]))
+        ids, ends = encode_chain(pieces, tokenizer)
+        examples.append(Example(tokenizer.prompt(problem), ids, tokenizer.end_think, tokenizer.encode(answer) + [tokenizer.end_of_turn], ends))
     return examples
 
 
 def num_latents(example: Example, r: int) -> int:
-    """N = ceil(n / r)."""
-    return -(-len(example.chain) // r)
+    """N = ceil(n / r), or as many as there are pieces."""
+    return -(-len(example.chain) // r) if r else len(example.ends)
 
 
-def layout(name: str, example: Example, r: int = 1, ends: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
+def segment_ends(example: Example, r: int) -> np.ndarray:
+    """Where S_1 ... S_N end in the chain, int [N]."""
+    return np.minimum(r * np.arange(1, num_latents(example, r) + 1), len(example.chain)) if r else np.array(example.ends, int)
+
+
+def layout(name: str, example: Example, r: int = 1) -> tuple[np.ndarray, ...]:
     """ids, kind, segment and position of every token of `example`, each int [T]; latents have id 0.
 
-    `name` is "cot", "encoder", "decoder" or "latent", the rows of the table in docs/METHOD.md. `ends`: where S_1 ... S_N end, int
-    [N], if not after every r tokens; for the encoder.
+    `name` is "cot", "encoder", "decoder" or "latent", the rows of the table in docs/METHOD.md.
     """
-    chain, n, N = np.array(example.chain, int), len(example.chain), num_latents(example, r)
-    ends = np.minimum(r * np.arange(1, N + 1), n) if ends is None else ends
+    chain, ends = np.array(example.chain, int), segment_ends(example, r)
     if name == "encoder":
         before = ends  # L_i stands behind S_i
     elif name == "decoder":
-        chain, before = chain[r:], ends - min(r, n)  # no S_1; Z_i stands before S_{i+1}, the last one at the end
+        first = ends[:1].sum()
+        chain, before = chain[first:], ends - first  # no S_1; Z_i stands before S_{i+1}, the last one at the end
     elif name == "latent":
-        chain, before = chain[:0], np.zeros(N, int)
+        chain, before = chain[:0], 0 * ends
     else:
         before = ends[:0]
     body = np.insert(chain, before, 0)
@@ -115,7 +133,7 @@ def num_tokens(name: str, example: Example, r: int = 1) -> int:
     """Length of a layout, without building it."""
     n, fixed = len(example.chain), len(example.prompt) + len(example.end_think)
     latents = 0 if name == "cot" else num_latents(example, r)
-    text = {"cot": n, "encoder": n, "decoder": max(n - r, 0), "latent": 0}[name]
+    text = {"cot": n, "encoder": n, "decoder": n - int(segment_ends(example, r)[:1].sum()), "latent": 0}[name]
     return fixed + latents + text + (len(example.answer) if name != "encoder" else 0)
 
 
@@ -140,9 +158,9 @@ class Row:
     targets: torch.Tensor
 
 
-def pack_row(name: str, examples: list[Example], r: int = 1, ends: list[np.ndarray] | None = None) -> Row:
-    """One packed row of `examples` in the layout `name`; `ends`: see `layout`."""
-    parts = [layout(name, e, r, ends and ends[i]) for i, e in enumerate(examples)]
+def pack_row(name: str, examples: list[Example], r: int = 1) -> Row:
+    """One packed row of `examples` in the layout `name`."""
+    parts = [layout(name, e, r) for e in examples]
     ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
     lengths = [len(p[0]) for p in parts]
     document = torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths))

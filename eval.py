@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from cache_latents import encode
-from data import Example, bare_chain, read_jsonl, text_field
+from data import Example, encode_chain, read_jsonl, segment_ends, text_field, written_chain
 from grade import Grader, boxed
 from latents import HIDDEN, entropy
 from load_hf_weights import base_dtype, fingerprint, load_model
@@ -43,7 +43,7 @@ ARMS = ("free", "forced", "floor", "random", "other", "argmax", "written")
 class Problem:
     text: str
     answer: str
-    chain: str | None  # written, where the file has it
+    chain: list[str]  # the pieces of the written one, none where the file has none
 
 
 def load_problems(path: str) -> list[Problem]:
@@ -55,7 +55,7 @@ def load_problems(path: str) -> list[Problem]:
             answer = str(number) if type(number) in (int, float) else text_field(row, "answer", path)  # true is no number
         elif (answer := boxed(text_field(row, "cot_answer", path))) is None:
             raise UserError(f"{path}, line {row['_line']}: the field \"cot_answer\" holds no \\boxed{{...}}")
-        problems.append(Problem(problem, answer, bare_chain(text_field(row, "cot", path)) if row.get("cot") else None))
+        problems.append(Problem(problem, answer, written_chain(row, path) if row.get("cot") else []))
     return problems
 
 
@@ -85,10 +85,10 @@ def split_chain(tokens: list[int], end_think: list[int]) -> tuple[list[int], lis
     return tokens, tokens
 
 
-def effective_compression(ids: torch.Tensor, chain: list[int], r: int) -> float | None:
+def effective_compression(ids: torch.Tensor, chain: list[int], ends: list[int]) -> float | None:
     """ECR@K of one sample: how many of a segment's tokens are among the K ids [n, K] of its latent, averaged over the latents
-    that have a segment."""
-    pairs = [(set(top), chain[r * i:r * i + r]) for i, top in enumerate(ids.tolist()) if chain[r * i:]]
+    that have a segment; these end in `chain` at `ends`."""
+    pairs = [(set(top), chain[begin:end]) for top, begin, end in zip(ids.tolist(), [0, *ends], ends)]
     return sum(token in top for top, segment in pairs for token in segment) / len(pairs) if pairs else None
 
 
@@ -103,8 +103,9 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
             "chain_length": len(chain) + len(latents), "answer_tokens": len(answer), "finished": result.finished}
     if latents:
         line["entropy"] = round(float(entropy(result.probs).mean()), 4)
-        written = tokenizer.encode(problem.chain) if problem.chain else []
-        line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written, r) for k in (5, 10) if k <= result.ids.shape[1]}
+        written, ends = encode_chain(problem.chain, tokenizer)
+        ends = segment_ends(Example([], written, [], [], ends), r).tolist() if r or len(ends) > 1 else []
+        line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written, ends) for k in (5, 10) if k <= result.ids.shape[1]}
     return line
 
 
@@ -209,7 +210,8 @@ def written_latents(run: str, problems: list[Problem], tokenizer: Tokenizer, dev
     """The latents (probs, ids) that the encoder of phase 1 makes of the problems' written chains; `run`: of either phase."""
     phase1 = phase1_of(run)
     config = finished_run(phase1, "train_phase1")
-    examples = [Example(tokenizer.prompt(p.text), tokenizer.encode(p.chain), tokenizer.end_think, []) for p in problems]
+    chains = [encode_chain(p.chain, tokenizer) for p in problems]
+    examples = [Example(tokenizer.prompt(p.text), ids, tokenizer.end_think, [], ends) for p, (ids, ends) in zip(problems, chains)]
     encoded = encode(finished_encoder(phase1, device), examples, config["compression"], config["top_k"], 8192, device)
     return [(probs.float(), ids.long()) for probs, ids in encoded]
 
@@ -278,8 +280,10 @@ def main():
         if which.startswith("top-") and (settings.top_k == HIDDEN or int(which[4:]) > model.config.vocab_size):
             raise UserError(f"--arms {which}: is for superpositions of at most the {model.config.vocab_size} tokens there are")
         if which == "written":
-            if not all(p.chain and p.chain.strip() for problems in problems_of.values() for p in problems):
+            if not all("".join(p.chain).strip() for problems in problems_of.values() for p in problems):
                 raise UserError("--arms written: a problem without a written chain; give files in the training schema")
+            if not reasons["compression"] and all(len(p.chain) == 1 for problems in problems_of.values() for p in problems):
+                raise UserError("--arms written: this model has a latent for each piece of a chain; give files with lists of pieces")
             before = read_json(Path(phase1_of(args.model)) / "config.json")
             if before.get("command") != "train_phase1" or before["top_k"] != settings.top_k:
                 raise UserError(f"--arms written: {args.model} is no run of train_phase1.py or train_phase2.py with --top-k {settings.top_k}")

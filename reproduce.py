@@ -20,6 +20,7 @@ import gzip
 import json
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ ANCHOR = "--w-anchor 1"
 PHASE2 = "--lr 5e-4 --batch-size 128"
 OWN = "--own-share 0.5"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
+PIECES = re.compile(r"\s*<<[^-+*/=<>]*|[-+*/=][^-+*/=<>]*(?:>>)?|.", re.DOTALL)  # of a chain like <<16*3=48>> <<48-8=40>>: <<16 *3 =48>> ...
 SHORT = 0.4
 KEEP = "--keep 2"  # models of phase 2, and the end: what is right most often on gsm8k-valid is chosen
 SMOKE = "--max-steps 2 --batch-size 4"
@@ -49,9 +51,9 @@ ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents 
 
 @dataclass
 class Variant:
-    """A row of the table. r = 0: trained on text (train_sft.py); phase1, phase2: flags of these scripts; arms: whether to try ARMS too.
-    short: an ablation, with SHORT of phase 2's epochs, to be compared with r2-short."""
-    r: int = 2
+    """A row of the table. r None: trained on text (train_sft.py), 0: a latent for each of PIECES; phase1, phase2: flags of these scripts;
+    arms: whether to try ARMS too. short: an ablation, with SHORT of phase 2's epochs, to be compared with r2-short."""
+    r: int | None = 2
     phase1: str = ANCHOR
     phase2: str = f"--all-weights {OWN}"
     sft: str = ""
@@ -65,17 +67,23 @@ class Variant:
         return f"r{self.r}{self.phase1.replace(' ', '')}"
 
     @property
+    def pieces(self) -> str:
+        """The ending of the names of the files that have its chains."""
+        return "-pieces" if self.r == 0 else ""
+
+    @property
     def ceiling(self) -> bool:
         """Whether latents can be handed to a model from outside: superpositions of a few tokens can."""
         return "--top-k 0" not in self.phase1 and "--top-k -1" not in self.phase1
 
 
 VARIANTS = {
-    "answer-only": Variant(0, sft="--no-chain"),
-    "CoT-SFT": Variant(0),
+    "answer-only": Variant(None, sft="--no-chain"),
+    "CoT-SFT": Variant(None),
     "Latent-r2": Variant(2, arms=True),
     "Latent-r3": Variant(3),
     "Latent-r4": Variant(4, arms=True),
+    "Latent-pieces": Variant(0, arms=True),
     "r1-short": Variant(1, short=True),  # as many latents as tokens: the price of latents without that of compression
     "r2-short": Variant(short=True),
     "r2-no-anchor": Variant(phase1="", short=True),
@@ -94,7 +102,7 @@ MAIN = ("answer-only", "CoT-SFT", "Latent-r2", "Latent-r4")
 
 def write_data(source: Path, out: Path, smoke: bool) -> None:
     """train.jsonl (gsm8k-train three times and gsm8k-sub-train), small.jsonl (the former alone), valid.jsonl (gsm8k-valid where it has
-    chains) and the evaluation files, in `out`."""
+    chains), the same with chains in pieces, and the evaluation files, in `out`."""
     plain, more = source / "gsm8k-train.jsonl", source / "gsm8k-sub-train.jsonl.gz"
 
     def lines_of(path: Path) -> list[str]:
@@ -104,13 +112,18 @@ def write_data(source: Path, out: Path, smoke: bool) -> None:
     def write(name: str, lines: list[str]) -> None:
         write_text(out / f"{name}.jsonl", "".join(line + "\n" for line in lines))
 
+    def write_both(name: str, lines: list[str]) -> None:
+        write(name, lines)
+        rows = map(json.loads, lines)
+        write(f"{name}-pieces", [json.dumps(row | {"cot": PIECES.findall(row["cot"])}) for row in rows])
+
     small = lines_of(plain)[:48 if smoke else None]
-    write("small", small)
-    write("train", small if smoke else 3 * small + (lines_of(more) if more.exists() else []))
+    write_both("small", small)
+    write_both("train", small if smoke else 3 * small + (lines_of(more) if more.exists() else []))
     for name in TESTS:
         lines = lines_of(source / f"{name}.jsonl")[:4 if smoke else None]
         if name == "gsm8k-valid":
-            write("valid", [line for line in lines if json.loads(line).get("cot")])
+            write_both("valid", [line for line in lines if json.loads(line).get("cot")])
         write(name, lines)
 
 
@@ -132,9 +145,9 @@ def evaluation(flags: str, out: Path, model: Path, data: list[Path], arms: str =
 
 def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, device: str, how) -> tuple[Path, Path | None]:
     """(run, its phase 1 run or None) of a variant, trained in `home`; `how(stage)` are the flags of a stage."""
-    files = {"data": data / ("small.jsonl" if v.small else "train.jsonl"), "valid": data / "valid.jsonl"}
+    files = {"data": data / f"{'small' if v.small else 'train'}{v.pieces}.jsonl", "valid": data / f"valid{v.pieces}.jsonl"}
     out = home / name / "model"
-    if not v.r:
+    if v.r is None:
         stage("train_sft.py", f"{SFT} {v.sft} {how('sft')}", out, "finished.json", model=base, **files)
         return out, None
     phase1 = home / "phase1" / v.latents
@@ -284,22 +297,22 @@ def train_all(args, out: Path) -> None:
             return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} --row-tokens 17408")
         seeded, cot_sft = out / f"seed{seed}", None
         names = [name for name in VARIANTS if name in args.variants]
-        if any(VARIANTS[name].r for name in names) and "CoT-SFT" not in names:
+        if any(VARIANTS[name].r is not None for name in names) and "CoT-SFT" not in names:
             names.insert(0, "CoT-SFT")  # phase 1 starts there
         for name in names:
             v, home = VARIANTS[name], seeded / name
             print(f"\n{name}, seed {seed}", flush=True)
-            run, phase1 = train_variant(name, v, cot_sft if v.r else Path(args.model), seeded, data, device, partial(how, v=v))
+            run, phase1 = train_variant(name, v, Path(args.model) if v.r is None else cot_sft, seeded, data, device, partial(how, v=v))
             run = choose(run, home, flags, *of("gsm8k-valid"), gpu)
             cot_sft = run if name == "CoT-SFT" else cot_sft
             if name not in args.variants:
                 continue  # trained for others to start from
             evaluation(flags, home / "eval", run, tests)
-            if v.r and v.ceiling:  # what phase 1's decoder does with its encoder's latents of the written chains
-                evaluation(flags, phase1.parent / "eval", phase1, of("valid"), "written")
+            if phase1 and v.ceiling:  # what phase 1's decoder does with its encoder's latents of the written chains
+                evaluation(flags, phase1.parent / "eval", phase1, of(f"valid{v.pieces}"), "written")
             if v.arms:
                 evaluation(flags, home / "eval", run, of("gsm8k-test"), ARMS)
-                evaluation(flags, home / "student", run, of("valid"), "written top-2 top-4")
+                evaluation(flags, home / "student", run, of(f"valid{v.pieces}"), "written top-2 top-4")
                 if solutions := solve_differently(cot_sft, seeded / "CoT-SFT", flags, *of("valid")):
                     stage("analyze.py", f"--seed {seed} --max-latents 64 {device}", home / "n_eff", "n_eff.json", model=run,
                           data=solutions)
@@ -319,7 +332,8 @@ def report(found: dict, out: Path) -> None:
         for seed, s in seeds.items():
             test = s["gsm8k-test"]
             cells = [f"{s[t]['accuracy']:.1f} ± {s[t]['interval']:.1f}" if t in s else "" for t in tests]
-            ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("phase1.valid.written", "student.valid.written")]
+            ceilings = [next((f"{s[key]['accuracy']:.1f}" for key in s if re.fullmatch(rf"{part}\.valid(-pieces)?\.written", key)), "")
+                        for part in ("phase1", "student")]
             seconds = s.get("alone.gsm8k-test", test)["seconds_per_problem"]
             lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + f" | {test['chain_length']:.1f} | "
                          f"{1000 * seconds:.2f} | " + " | ".join(ceilings) + f" | {s['made']['device']} |")

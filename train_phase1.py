@@ -130,7 +130,8 @@ def main():
     p.add_argument("--step", choices=LEARNS, required=True, help="whose adapter learns: the encoder's, the decoder's, both")
     p.add_argument("--model", help="the CoT-SFT model, a run or a checkpoint directory; default: that of --init")
     p.add_argument("--init", help="the phase 1 run whose adapters this step starts from; step encoder may do without")
-    p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --init, or 2")
+    p.add_argument("--compression", type=at_least(0), help="chain tokens per latent, r; 0: a latent for each piece of "
+                   "the chains, which the data has as lists; default: that of --init, or 2")
     p.add_argument("--top-k", type=at_least(latents.HIDDEN), help="tokens in a superposition, 0 for all; -1: the last hidden states "
                    "instead, an ablation; default: that of --init, or 10")
     p.add_argument("--no-induction", action="store_true", default=None, help="a plain causal mask for the encoder, an ablation")
@@ -172,6 +173,8 @@ def main():
         raise UserError(f"--top-k {args.top_k}: the vocabulary has only {model.config.vocab_size} tokens")
     examples = load_examples(args.data, tokenizer)
     valid = load_examples(args.valid, tokenizer) if args.valid else None
+    if not args.compression and all(len(e.ends) == 1 for e in examples):
+        raise UserError(f"--compression 0: is for chains in pieces, and those of {args.data} are whole texts; make \"cot\" a list of texts there")
     task = Phase1(encoder, args.compression, args.top_k, LEARNS[args.step], not args.no_segments, args.w_anchor)
     train(task, examples, valid, args, rank, world, device)
 

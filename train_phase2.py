@@ -28,7 +28,7 @@ from trainer import Task, add_training_arguments, train
 READ = 10  # tokens that a hidden state is read as, where latents are hidden states
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LatentExample(Example):
     """An example with its cached alpha: probs float16 [N, k] and ids int32 [N, k], or None for the full vocabulary."""
     probs: torch.Tensor
@@ -114,7 +114,7 @@ def main():
     p = parser(__doc__)
     p.add_argument("--phase1", required=True, help="the phase 1 run whose decoder the student starts from")
     p.add_argument("--cache", required=True, help="the latents that its encoder made of --data (cache_latents.py)")
-    p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --phase1")
+    p.add_argument("--compression", type=at_least(0), help="chain tokens per latent, r; default: that of --phase1")
     p.add_argument("--top-k", type=at_least(latents.HIDDEN), help="tokens in a superposition; default: that of --phase1")
     p.add_argument("--all-weights", action="store_true", help="all weights learn instead of an adapter")
     p.add_argument("--w-ce", type=at_least(0, float), default=1.0, help="weight of the answer's cross-entropy")

@@ -92,8 +92,8 @@ def test_pass_at_k():
 
 def test_effective_compression():
     ids = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
-    assert evaluation.effective_compression(ids, [1, 9, 4, 3, 0], 2) == 1.0  # 1 of (1, 9), 2 of (4, 3), 0 of (0); the last has none
-    assert evaluation.effective_compression(ids[:0], [1], 2) is None
+    assert evaluation.effective_compression(ids, [1, 9, 4, 3, 0], [2, 4, 5]) == 1.0  # 1 of (1, 9), 2 of (4, 3), 0 of (0); the last has none
+    assert evaluation.effective_compression(ids[:0], [1], [1]) is None
 
 
 ARGUMENTS = ["--thinking", "latent", "--max-latents", 4, "--max-new-tokens", 6, "--temperature", 1, "--batch-size", 16]
@@ -204,4 +204,4 @@ def test_an_answer_may_be_a_number(tmp_path):
 def test_chains_of_a_benchmark_are_those_of_training(tmp_path):
     path = tmp_path / "tagged.jsonl"
     path.write_text(json.dumps({"problem": "1", "answer": "2", "cot": "<think>12</think>"}))
-    assert evaluation.load_problems(path)[0].chain == "12"
+    assert evaluation.load_problems(path)[0].chain == ["12"]

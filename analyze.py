@@ -121,7 +121,7 @@ def main():
     run, out = finished_run(args.model, "train_phase2"), Path(args.out)
     if run["top_k"] <= 0:
         raise UserError(f"{args.model}: was trained with top-k {run['top_k']}; N_eff is for superpositions of a few tokens")
-    if not is_free(out):
+    if (out / "n_eff.json").exists() or not (is_free(out) or (out / "latents.svg").exists()):  # which a stopped call leaves
         raise UserError(f"{out}: is there already and not empty; choose another --out")
     solutions = load_solutions(args.data)[:args.problems]
     model, tokenizer, _ = load_model(args.model, device, base_dtype(device))
@@ -136,18 +136,20 @@ def main():
                                   run["top_k"], rng)
             lines.append({"problem": problem.text, "chains": chains, "latents": len(result.ids), "paths": len(tokens), "n_eff": value,
                           "random": random})
-    if not lines:
-        raise UserError(f"{args.model}: thought nothing that could be compared with two chains, in {len(results)} problems")
-    mean = lambda key: float(np.mean([line[key] for line in lines]))
-    write_text(out / "n_eff.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    write_json(out / "n_eff.json", {"model": args.model, "data": args.data, "problems": len(lines), "paths": mean("paths"),
-                                    "n_eff": mean("n_eff"), "random": mean("random"), "ratio": mean("n_eff") / mean("random")})
     (problem, _), r = solutions[0], run["compression"]
     written, ends = encode_chain(problem.chain, tokenizer)
     ends = segment_ends(Example([], written, [], [], ends), r)
     with Grader() as grader:
         draw_latents(out / "latents.svg", problem.text, [tokenizer.decode(x.tolist()) for x in np.split(np.array(written), ends[:-1])],
                      prediction(problem, results[0], tokenizer, settings, r, grader))
+    write_text(out / "n_eff.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    if not lines:
+        write_json(out / "n_eff.json", {"model": args.model, "data": args.data, "problems": 0})
+        print(f"{args.model}: thought nothing that could be compared with two chains, in {len(results)} problems; {out}/latents.svg")
+        return
+    mean = lambda key: float(np.mean([line[key] for line in lines]))
+    write_json(out / "n_eff.json", {"model": args.model, "data": args.data, "problems": len(lines), "paths": mean("paths"),
+                                    "n_eff": mean("n_eff"), "random": mean("random"), "ratio": mean("n_eff") / mean("random")})
     print(f"N_eff {mean('n_eff'):.3f}, with random matching {mean('random'):.3f}, over {len(lines)} problems of {mean('paths'):.1f} chains; "
           f"{out}/n_eff.json, {out}/latents.svg")
 

@@ -58,6 +58,10 @@ def text_field(row: dict, key: str, path) -> str:
     if not isinstance(value, str) or not value.strip():
         state = "missing" if key not in row else "empty" if isinstance(value, str) else "not a string"
         raise UserError(f"{path}, line {row['_line']}: the field \"{key}\" is {state}; every line needs it as text")
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}, line {row['_line']}: the field \"{key}\" holds half a character (a lone surrogate); mend it") from None
     return value
 
 
@@ -79,16 +83,21 @@ def encode_chain(pieces: list[str], tokenizer: Tokenizer) -> tuple[list[int], li
     return sum(ids, []), np.cumsum([len(x) for x in ids]).tolist()
 
 
-def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True) -> list[Example]:
-    """Training examples from {"problem", "cot", "cot_answer"} lines, "cot" a text or a list of its pieces; without `chain` the chains are left empty."""
+def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True, skip: bool = False) -> list[Example]:
+    """Training examples from {"problem", "cot", "cot_answer"} lines, "cot" a text or a list of its pieces; without `chain` the chains are left
+    empty. `skip`: lines whose chain is empty, which are an error otherwise, as benchmarks have them."""
     examples = []
     for row in read_jsonl(path):
+        if skip and chain and row.get("cot") in ("", []):
+            continue
         problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
         pieces = written_chain(row, path) if chain else []
         if chain and not "".join(pieces).strip():
             raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds no chain between its think tags")
         ids, ends = encode_chain(pieces, tokenizer)
         examples.append(Example(tokenizer.prompt(problem), ids, tokenizer.end_think, tokenizer.encode(answer) + [tokenizer.end_of_turn], ends))
+    if not examples:
+        raise UserError(f"{path}: no line has a chain; name another file")
     return examples
 
 

@@ -101,7 +101,7 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
     line = {"problem": problem.text, "chain": tokenizer.decode(chain), "latents": latents, "answer": text,
             "reference": problem.answer, "correct": grader.grade(problem.answer, text),
             "chain_length": len(chain) + len(latents), "answer_tokens": len(answer), "finished": result.finished}
-    if latents:
+    if latents and settings.top_k > 0:  # of the whole vocabulary only the likeliest are kept
         line["entropy"] = round(float(entropy(result.probs).mean()), 4)
         written, ends = encode_chain(problem.chain, tokenizer)
         ends = segment_ends(Example([], written, [], [], ends), r).tolist() if r or len(ends) > 1 else []
@@ -264,6 +264,8 @@ def main():
     files = {Path(file).name.removesuffix(".gz").removesuffix(".jsonl"): file for file in args.data}
     if len(files) < len(args.data):
         raise UserError("--data: two of the files have the same name, which names their results; evaluate them one by one")
+    if "settings" in files:
+        raise UserError("--data: results would be named settings.json, which evaluations have already; rename the file")
     problems_of = {name: load_problems(file) for name, file in files.items()}
     hashes = {name: file_hash(file) for name, file in files.items()}
     model, tokenizer, reasons = load_model(args.model, device, base_dtype(device))

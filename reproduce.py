@@ -44,6 +44,7 @@ OWN = "--own-share 0.5"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
 PIECES = re.compile(r"\s*<<[^-+*/=<>]*|[-+*/=][^-+*/=<>]*(?:>>)?|.", re.DOTALL)  # of a chain like <<16*3=48>> <<48-8=40>>: <<16 *3 =48>> ...
 SHORT = 0.4
+SETTINGS = {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL}
 KEEP = "--keep 2"  # models of phase 2, and the end: what is right most often on gsm8k-valid is chosen
 SMOKE = "--max-steps 2 --batch-size 4"
 ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents are good for, on gsm8k-test
@@ -232,8 +233,7 @@ def main():
         write_json(out / "results.json", {
             "model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
             "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
-            "settings": {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL,
-                         "variants": {name: vars(v) for name, v in VARIANTS.items()}},
+            "settings": SETTINGS | {"variants": {name: vars(v) for name, v in VARIANTS.items()}},
             "runs": collect(out)})
         if failed:
             raise UserError(f"{len(failed)} calls failed, of which {', '.join(failed)} tell; mend that and start the command again")
@@ -247,7 +247,7 @@ def prepare(args, out: Path) -> None:
     for check, path in [(read_config, args.model), *((read_jsonl, file) for file in files)]:
         check(path)  # says so if it is no good, before OUT belongs to it
     open_run(out, {"command": "reproduce", "model": str(Path(args.model).resolve()), "minutes": args.minutes, "smoke": args.smoke,
-                   "data_hash": file_hash(*files)})
+                   "data_hash": file_hash(*files), "epochs": EPOCHS, "settings": SETTINGS})
     if not (out / "data" / "gsm-hard-test.jsonl").exists():  # the last to be written
         write_data(source, out / "data", args.smoke)
 
@@ -322,6 +322,8 @@ def train_all(args, out: Path) -> None:
 
 def report(found: dict, out: Path) -> None:
     """table.md, length.svg and time.svg from results.json."""
+    if not found["runs"]:
+        raise UserError(f"{out}: nothing has been measured yet; train a variant first")
     tests = [t for t in TESTS if any(t in s for seeds in found["runs"].values() for s in seeds.values())]
     lines = [f"{found['model']}, " + ("SMOKE: two steps of everything" if found["smoke"] else f"a budget of {found['minutes']:g} minutes") + "\n",
              "| | seed | " + " | ".join(f"{t} %" for t in tests) + " | #L, gsm8k-test | ms per problem | phase 1 on valid % "
@@ -334,9 +336,10 @@ def report(found: dict, out: Path) -> None:
             cells = [f"{s[t]['accuracy']:.1f} ± {s[t]['interval']:.1f}" if t in s else "" for t in tests]
             ceilings = [next((f"{s[key]['accuracy']:.1f}" for key in s if re.fullmatch(rf"{part}\.valid(-pieces)?\.written", key)), "")
                         for part in ("phase1", "student")]
-            seconds = s.get("alone.gsm8k-test", test)["seconds_per_problem"]
+            alone = s.get("alone.gsm8k-test")
+            seconds = (alone or test)["seconds_per_problem"]
             lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + f" | {test['chain_length']:.1f} | "
-                         f"{1000 * seconds:.2f} | " + " | ".join(ceilings) + f" | {s['made']['device']} |")
+                         f"{1000 * seconds:.2f}{' alone' * bool(alone)} | " + " | ".join(ceilings) + f" | {s['made']['device']} |")
             points.append((name, test | {"seconds_per_problem": seconds}))
     arms = [(name, seed, key.split(".", 1)[1], s[key]) for name, seeds in found["runs"].items() for seed, s in seeds.items()
             for key in s if key.startswith("gsm8k-test.")]
@@ -350,7 +353,7 @@ def report(found: dict, out: Path) -> None:
     for name, seed, s in held:
         own = s["gsm8k-valid"]
         cells = [f"{own[key]:.2f}" if key in own else "" for key in ("ecr@5", "ecr@10", "entropy")]
-        cells += [f"{s['n_eff'][key]:.3f}" for key in ("n_eff", "random")] + [f"{s['n_eff']['problems']}"] if "n_eff" in s else ["", "", ""]
+        cells += [f"{s['n_eff'][key]:.3f}" if key in s.get("n_eff", ()) else "" for key in ("n_eff", "random")] + [str(s.get("n_eff", {}).get("problems", ""))]
         lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + " |")
     write_text(out / "table.md", table := "\n".join(lines) + "\n")
     for file, key, scale, label in (("length.svg", "chain_length", 1, "chain length, tokens or latents"),

@@ -2,6 +2,7 @@
 
 import argparse
 from contextlib import contextmanager, suppress
+import fcntl
 from functools import cache
 import hashlib
 import json
@@ -98,6 +99,8 @@ def start(device: str | None) -> tuple[int, int, torch.device]:
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
+        if name.startswith("cuda:") and "RANK" in os.environ:
+            raise RuntimeError("under torchrun each rank takes a GPU of its own; leave it out")
         if name == "cuda" and local >= torch.cuda.device_count():
             raise RuntimeError(f"rank {rank} finds {torch.cuda.device_count()} GPUs; start no more ranks than that")
         chosen = torch.device(f"cuda:{local}" if name == "cuda" else name)
@@ -157,6 +160,18 @@ FREE = {"out", "device", "save_every", "valid_every", "keep", "shard", "checkpoi
 def is_free(out: Path) -> bool:
     """Whether `out` may become an output directory: it is not there, or empty."""
     return not out.exists() or out.is_dir() and not any(out.iterdir())
+
+
+def hold(out: Path):
+    """The run directory `out` as this process's own until the file that is returned is closed; UserError if another process has it."""
+    lock = open(out / ".lock", "w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{out}: another process is at work on it; wait for that, or choose another --out") from None
+    for temporary in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+        temporary.unlink()
+    return lock
 
 
 def open_run(out: str | Path, settings: dict) -> None:
@@ -275,6 +290,9 @@ def run_main(main) -> None:
         code = 1
     except OSError as e:  # a full disk, mostly; what was saved before is whole
         print(f"error: {e.filename or 'a file'}: {e.strerror}; mend that and start the command again", file=sys.stderr)
+        code = 1
+    except torch.OutOfMemoryError as e:
+        print(f"error: out of GPU memory; fewer --row-tokens, a smaller --batch-size or --checkpoint-activations need less ({e})", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

@@ -99,7 +99,9 @@ class Phase2(Task):
     def _own_latents(self, x, row):
         """What inference would feed for each latent, were all before it the cached ones of x: where the model is in doubt a mixture, which no
         cached latent is, and which it has to learn to go on from."""
+        self.model.eval()  # as inference, without dropout
         before = self._run(x, row)[row.latent_index - 1]
+        self.model.train()
         own = latents.embed(*latents.induce(before, self.model.head.to(x.dtype), self.k), self.model.embed_tokens.weight, self.k)
         return own.to(x.dtype)
 
@@ -152,7 +154,7 @@ def main():
     examples = with_latents(plain, read_cache(args.cache, made_from))
     valid = None
     if args.valid:  # a few latents: made now, by the encoder on its own base, a second whole copy for as long as that takes
-        plain = load_examples(args.valid, tokenizer)
+        plain = load_examples(args.valid, tokenizer, skip=True)
         encoder = finished_encoder(args.phase1, device)
         valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))
         del encoder

@@ -51,7 +51,7 @@ def main():
     rank, world, device = start(args.device)
     model, tokenizer, _ = load_model(args.model, device)
     examples = load_examples(args.data, tokenizer, chain=not args.no_chain)
-    valid = load_examples(args.valid, tokenizer, chain=not args.no_chain) if args.valid else None
+    valid = load_examples(args.valid, tokenizer, chain=not args.no_chain, skip=True) if args.valid else None
     task = CoTSFT(model, resolve(args.model)[0], "none" if args.no_chain else "text")
     train(task, examples, valid, args, rank, world, device)
 

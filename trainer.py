@@ -6,6 +6,7 @@ The loss of a step is a sum over the whole batch divided by a count over the who
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import lru_cache
 import json
 import math
@@ -20,8 +21,8 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from data import RowShape, pack, row_shape, to_device
-from runs import (Stopper, UserError, at_least, file_hash, from_rank0, open_run, read_json, read_tensors, share,
-                  write_json, write_tensors, write_text)
+from runs import (Stopper, UserError, at_least, file_hash, from_rank0, hold, open_run, read_json, read_tensors,
+                  share, write_json, write_tensors, write_text)
 
 
 class Task(nn.Module):
@@ -203,6 +204,8 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
         if rank == 0:
             print(f"{out}: is finished already")
         return
+    held = ExitStack()
+    from_rank0(lambda: held.enter_context(hold(out)) and None)
     steps = args.max_steps or max(1, math.ceil(args.epochs * len(examples) / args.batch_size))
     valid_every = args.valid_every or max(1, steps // 10)
 
@@ -253,7 +256,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
         rows, repeats = deal(task, batch, args.row_tokens, shape, rank, world)
         return batch, [loader.submit(task.row, row) for row in rows], repeats
 
-    with Stopper() as stopper, bar, ThreadPoolExecutor(1) as loader:
+    with held, Stopper() as stopper, bar, ThreadPoolExecutor(1) as loader:
         upcoming = load(first)
         for step in range(first, steps):
             tick = time.time()

@@ -15,6 +15,7 @@ import oracle
 from load_hf_weights import load_checkpoint
 import lora
 import train_phase2
+from sample import Result
 from test_cache import phase1, phase2_arguments
 from train_phase1 import Encoder
 
@@ -76,7 +77,7 @@ def test_n_eff_is_its_definition(checkpoint):
         assert 1 <= chance <= 3 and (N == 1) == (abs(value - chance) < 1e-9)  # one latent has one way to be matched
 
 
-def test_the_command(command, checkpoint, data, tmp_path):
+def test_the_command(command, checkpoint, data, tmp_path, monkeypatch):
     run, cache, other, out = (tmp_path / name for name in ("run", "cache", "other.jsonl", "out"))
     phase1(command, checkpoint, data, run)
     assert command(cache_latents.main, "--phase1", run, "--data", data, "--out", cache)[0] == 0
@@ -91,5 +92,11 @@ def test_the_command(command, checkpoint, data, tmp_path):
     assert summary["problems"] == len(compared) > 3 and summary["n_eff"] == pytest.approx(np.mean([c["n_eff"] for c in compared]))
     assert all(1 <= c["n_eff"] <= c["paths"] + 1e-9 and len(c["chains"]) == 2 for c in compared)
     assert (out / "latents.svg").read_text().startswith("<svg") and f"{summary['n_eff']:.3f}" in printed
+    (out / "n_eff.json").unlink()  # as if stopped before the end
+    thinks_nothing = lambda *a: [Result(torch.zeros(0, 3), torch.zeros(0, 3, dtype=torch.long), [], False)] * 15
+    monkeypatch.setattr(analyze, "generate", thinks_nothing)
+    code, printed, error = command(analyze.main, *arguments, "--data", data, other, "--problems", 15)
+    assert code == 0 and "thought nothing" in printed and json.loads((out / "n_eff.json").read_text())["problems"] == 0, error
+    assert command(analyze.main, *arguments, "--data", data, other)[0] == 1  # is finished
     code, _, error = command(analyze.main, *arguments, "--data", data, "--out", tmp_path / "alone")
     assert code == 1 and "no problem has two different chains" in error

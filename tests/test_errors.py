@@ -10,6 +10,7 @@ import pytest
 import cache_latents
 import eval as evaluation
 import load_hf_weights
+import runs
 import sample
 import train_phase1
 import train_phase2
@@ -165,11 +166,43 @@ script.run_main(script.main)"""
     done = subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.returncode == 1 and len(errors) == 1 and "cannot be written" in errors[0] and "Traceback" not in done.stderr, done.stderr
-    assert load_hf_weights.load_model(out)[0]
+    assert all(runs.read_tensors(file)[0] for file in out.rglob("*.safetensors"))  # whole
     assert not list(out.rglob("*.tmp")) and (out / "resume.safetensors").exists()
     main = {"train_sft.py": train_sft.main, "train_phase1.py": train_phase1.main}[script]
     code, printed, _ = command(main, *arguments)  # room again: it goes on from the save that survived
     assert code == 0 and "going on at step 2" in printed
+
+
+def test_two_at_work_on_one_run(command, fails, checkpoint, data, tmp_path):
+    """A second process is turned away; what one left that was killed while it wrote goes."""
+    out = tmp_path / "out"
+    arguments = sft(checkpoint(), data, out, "--max-steps", 2)
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    (out / ".resume.safetensors.123.tmp").write_text("half")
+    with runs.hold(out):
+        assert not list(out.glob(".*.tmp"))
+        (out / "config.json").unlink(), (out / ".lock").unlink()
+    assert command(train_sft.main, *arguments)[0] == 0
+    (out / "finished.json").unlink()
+    with runs.hold(out):
+        fails(train_sft.main, arguments, "another process is at work")
+    assert command(train_sft.main, *arguments)[0] == 0
+
+
+def test_awkward_data(command, fails, checkpoint, data, tmp_path):
+    """Benchmarks have problems without a chain: no obstacle to a validation. Half a character is told, and a file that would overwrite."""
+    valid, bad, settings = (tmp_path / f"{name}.jsonl" for name in ("valid", "bad", "settings"))
+    valid.write_text(json.dumps(LINE | {"cot": ""}) + "\n" + json.dumps(LINE) + "\n")
+    assert command(train_sft.main, *sft(checkpoint(), data, tmp_path / "out", "--valid", valid))[0] == 0
+    fails(train_sft.main, sft(checkpoint(), valid, tmp_path / "no"), "line 1", '"cot" is empty')
+    valid.write_text(json.dumps(LINE | {"cot": ""}))
+    fails(train_sft.main, sft(checkpoint(), data, tmp_path / "no", "--valid", valid), "no line has a chain")
+    bad.write_text(json.dumps(LINE | {"problem": "\ud83d"}))
+    fails(evaluation.main, ["--model", checkpoint(), "--data", bad, "--out", tmp_path / "no"], "line 1", "lone surrogate")
+    settings.write_text(data.read_text())
+    fails(evaluation.main, ["--model", checkpoint(), "--data", settings, "--out", tmp_path / "no"], "rename the file")
+    assert not (tmp_path / "no").exists()
 
 
 def test_from_the_shell(tmp_path):

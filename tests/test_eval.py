@@ -90,6 +90,12 @@ def test_pass_at_k():
     assert s["interval"] == pytest.approx(1.96 * 37.5 / 2**0.5)
 
 
+def test_no_entropy_where_only_the_likeliest_tokens_are_known(command, checkpoint, data, tmp_path):
+    for k, known in ((3, True), (0, False)):
+        assert command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / str(k), *ARGUMENTS, "--top-k", k)[0] == 0
+        assert ("entropy" in json.loads((tmp_path / str(k) / "train.json").read_text())) == known
+
+
 def test_effective_compression():
     ids = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
     assert evaluation.effective_compression(ids, [1, 9, 4, 3, 0], [2, 4, 5]) == 1.0  # 1 of (1, 9), 2 of (4, 3), 0 of (0); the last has none
@@ -158,13 +164,14 @@ def test_arms(command, checkpoint, data, tmp_path):
 
 
 def test_real_benchmarks(grader):
-    """The files' own answers, boxed, are right, and so are at least 99% of MATH-500's written solutions."""
+    """The files' own answers, boxed, are right, and wrong with a digit more, and so are at least 99% of MATH-500's written solutions."""
     folder = os.environ.get("LATENT_SFT_DATA")
     if not folder:
         pytest.skip("LATENT_SFT_DATA names no folder of benchmark files")
     for name in ("gsm8k", "aime-2024", "aime-2025", "gsm-hard", "svamp", "multiarith"):
         problems = evaluation.load_problems(f"{folder}/{name}-test.jsonl")
-        assert len(problems) >= 30 and all(grader.grade(p.answer, f"So it is \\boxed{{{p.answer}}}.") for p in problems)
+        assert len(problems) >= 30 and all(grader.grade(p.answer, f"So it is \\boxed{{ {p.answer}}}.") for p in problems)
+        assert not any(grader.grade(p.answer, f"So it is \\boxed{{1{p.answer.lstrip('-')}}}.") for p in problems)
     rows = read_jsonl(f"{folder}/math-500-test.jsonl")
     wrong = [row["answer"] for row in rows if not grader.grade(row["answer"], row["solution"])]
     assert len(rows) == 500 and len(wrong) <= 5, wrong

@@ -150,7 +150,8 @@ class Tokenizer:
         return self.added[_END_OF_TURN[self.family]]
 
 
-# How each family is recognised (a token it has) and its prompt; special tokens stand alone, the rest is ordinary text.
+# How each family is recognised (a token it has) and its prompt, as the authors have it (Llama 3 without <|begin_of_text|>); special tokens
+# stand alone, the rest is ordinary text.
 _FAMILIES = {
     "deepseek": ("<｜Assistant｜>", ["<｜begin▁of▁sentence｜>", "<｜User｜>", "{instruction}\n{problem}",
                                    "<｜Assistant｜>"]),

@@ -1,7 +1,7 @@
 """A slow oracle for the tests: the method spelled out one position, one example, one step at a time.
 
 Nothing here is shared with the code under test. No packing, no padding, no KV cache, no vectorizing: loops over
-plain lists, and `transformers` for the model. Quotes in the comments are sentences of the design page (docs/METHOD.md says the same).
+plain lists, and `transformers` for the model. Quotes in the comments are sentences of the page that docs/METHOD.md was written from.
 
 The models given here are `transformers` causal LMs (Llama, Qwen2, Qwen3) in float64, in eval mode, with
 `attn_implementation="eager"`. Inside, transformers still takes the softmax of attention, the norms and the rotary

@@ -21,7 +21,7 @@ from train_phase1 import Encoder
 
 
 def oracle_n_eff(hf, encode_spans, prompt, chains, thoughts):
-    """By the letter of DESIGN.md, one latent, one solution, one span at a time; `thoughts`: (probs, ids) of every latent."""
+    """By the letter of docs/METHOD.md, one latent, one solution, one span at a time; `thoughts`: (probs, ids) of every latent."""
     E = hf.get_input_embeddings().weight
     z = [sum(p * E[i] for p, i in zip(probs, ids)) for probs, ids in thoughts]
     x = torch.cat([E[torch.tensor(prompt)], torch.stack(z)])

@@ -29,7 +29,7 @@ def cut(chain: list[int], rng) -> list[int]:
 
 
 def test_worked_example():
-    """The 9 x 9 matrix and the positions that the design page prints."""
+    """The matrix and the positions of an example worked out by hand."""
     example = data.Example([1, 2, 3], [4, 5, 6, 7], [8], [9])
     row = data.pack_row("decoder", [example], 2)
     assert "\n".join("".join("1" if x else "." for x in line) for line in masks.dense(masks.supervision, row.labels)) == """\

@@ -185,7 +185,10 @@ def test_display_shows_the_result_as_it_grows(checkpoint, capsys):
     answer(sample.sampler(model, tokenizer, settings, 1), tokenizer, "1+1")
     shown = capsys.readouterr().out
     result, = generate(model, tokenizer, ["1+1"], settings, watch=lambda i, r: seen.append((len(r.ids), len(r.tokens))))
-    assert shown.splitlines()[:len(result.ids)] == [line for line in shown.splitlines() if line[:4].strip().isdigit()][:len(result.ids)]
+    numbered = [line for line in shown.splitlines() if line[:4].strip().isdigit()]
+    assert len(result.ids) > 0 and [int(line[:4]) for line in numbered[:len(result.ids)]] == list(range(1, len(result.ids) + 1))
+    for line, probs, ids in zip(numbered, result.probs.tolist(), result.ids.tolist()):
+        assert all(f"{tokenizer.decode([i])!r} " in line and f"{p:.2f}" in line for p, i in zip(probs, ids))
     assert tokenizer.decode(result.tokens).rstrip("\N{REPLACEMENT CHARACTER}") in shown
     assert seen == sorted(seen) and seen[0] == (1, 0) and len(set(seen)) > len(result.tokens)
 

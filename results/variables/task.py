@@ -1,12 +1,14 @@
 """A made-up task whose chains have more than one right order: `g=6;a=5;b=d+a;d=a+e;e=2;b?` asks for b, and the chain computes what is
 needed, a step for each variable, in a random order that works: `d5+2=7;b7+5=2;`, modulo 10.
 
-    python results/variables/task.py OUT      # from the repository's root: OUT/base, a small random model, and OUT/*.jsonl
+    python results/variables/task.py OUT             # from the repository's root: OUT/base, a small random model, and OUT/*.jsonl
+    python results/variables/task.py OUT lengths     # odd digits are written twice; OUT/*-pieces.jsonl too, with `d55`, `+2`, `=77;` apart
 """
 
 import json
 from pathlib import Path
 import random
+import re
 import sys
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
@@ -52,11 +54,21 @@ def make_example(rng: random.Random) -> dict:
     return {"problem": problem, "cot": chain, "cot_answer": f"\\boxed{{{value[asked]}}}", "answer": str(value[asked])}
 
 
+def with_lengths(row: dict) -> dict:
+    """The same problem where a number has one character or two, which does not help to reason."""
+    twice = lambda text: re.sub(r"[13579]", r"\g<0>\g<0>", text)
+    return row | {"problem": twice(row["problem"]), "cot": twice(row["cot"])}
+
+
 def main():
-    out, rng = Path(sys.argv[1]), random.Random(1)
+    out, rng, lengths = Path(sys.argv[1]), random.Random(1), sys.argv[2:] == ["lengths"]
     demo.CONFIG |= {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
     for name, count in (("train", 60000), ("valid", 300), ("test", 500)):
-        write_text(out / f"{name}.jsonl", "".join(json.dumps(make_example(rng)) + "\n" for _ in range(count)))
+        rows = [with_lengths(row) if lengths else row for row in (make_example(rng) for _ in range(count))]
+        write_text(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if lengths:
+            pieces = [row | {"cot": re.findall(r"[a-z]\d+|[-+]\d+|=\d+;", row["cot"])} for row in rows]
+            write_text(out / f"{name}-pieces.jsonl", "".join(json.dumps(row) + "\n" for row in pieces))
     demo.write_model(out / "base", 1)
 
 

@@ -169,6 +169,8 @@ def hold(out: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(f"{out}: another process is at work on it; wait for that, or choose another --out") from None
+    except OSError:
+        pass  # a file system without locks
     for temporary in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
         temporary.unlink()
     return lock

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import Example, encode_chain, pack_row, read_jsonl, segment_ends, text_field, to_device, written_chain
+from data import Example, pack_row, read_jsonl, segments, text_field, to_device, written_chain
 from eval import Problem, prediction
 from figures import draw_latents
 from grade import Grader, boxed
@@ -38,8 +38,9 @@ def load_solutions(paths: list[str]) -> list[tuple[Problem, list[str]]]:
     solutions = {}
     for path in paths:
         for row in read_jsonl(path):
-            pieces = written_chain(row, path)
-            problem, chain = Problem(text_field(row, "problem", path), boxed(text_field(row, "cot_answer", path)) or "", pieces), "".join(pieces)
+            cot = written_chain(row, path)
+            problem = Problem(text_field(row, "problem", path), boxed(text_field(row, "cot_answer", path)) or "", cot)
+            chain = "".join(cot)
             _, chains = solutions.setdefault(problem.text, (problem, []))
             if chain.strip() and chain.strip() not in map(str.strip, chains):
                 chains.append(chain)
@@ -121,7 +122,7 @@ def main():
     run, out = finished_run(args.model, "train_phase2"), Path(args.out)
     if run["top_k"] <= 0:
         raise UserError(f"{args.model}: was trained with top-k {run['top_k']}; N_eff is for superpositions of a few tokens")
-    if (out / "n_eff.json").exists() or not (is_free(out) or (out / "latents.svg").exists()):  # which a stopped call leaves
+    if not (is_free(out) or out.is_dir() and {file.name for file in out.iterdir()} <= {"latents.svg", "n_eff.jsonl"}):  # of a stopped call
         raise UserError(f"{out}: is there already and not empty; choose another --out")
     solutions = load_solutions(args.data)[:args.problems]
     model, tokenizer, _ = load_model(args.model, device, base_dtype(device))
@@ -137,10 +138,8 @@ def main():
             lines.append({"problem": problem.text, "chains": chains, "latents": len(result.ids), "paths": len(tokens), "n_eff": value,
                           "random": random})
     (problem, _), r = solutions[0], run["compression"]
-    written, ends = encode_chain(problem.chain, tokenizer)
-    ends = segment_ends(Example([], written, [], [], ends), r)
     with Grader() as grader:
-        draw_latents(out / "latents.svg", problem.text, [tokenizer.decode(x.tolist()) for x in np.split(np.array(written), ends[:-1])],
+        draw_latents(out / "latents.svg", problem.text, list(map(tokenizer.decode, segments(problem.chain, tokenizer, r))),
                      prediction(problem, results[0], tokenizer, settings, r, grader))
     write_text(out / "n_eff.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if not lines:

@@ -90,7 +90,7 @@ def main():
     r, k, out = config["compression"], config["top_k"], Path(args.out)
     model, tokenizer, _ = load_model(config["model"], device, base_dtype(device))
     encoder = load_encoder(args.phase1, model).to(device).eval()
-    examples = load_examples(args.data, tokenizer)
+    examples = load_examples(args.data, tokenizer, r=r)
     made_from = identity(args.phase1, args.data, len(examples), r, k)
 
     def begin() -> bool:

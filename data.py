@@ -3,6 +3,7 @@
 from dataclasses import dataclass, fields, is_dataclass, replace
 import gzip
 import heapq
+from itertools import accumulate
 import json
 from pathlib import Path
 import zlib
@@ -20,7 +21,7 @@ from tokenizer import END_THINK, THINK, Tokenizer
 @dataclass
 class Example:
     """Token ids (int lists) of one training example. `prompt` is Q <think>, `answer` ends with the end-of-turn token. ends: where the
-    pieces of the chain end that the data has it in; a latent stands for each where r is 0."""
+    pieces of a chain that is a list end; a latent stands for each where r is 0."""
     prompt: list[int]
     chain: list[int]
     end_think: list[int]
@@ -38,11 +39,15 @@ def read_jsonl(path: str | Path) -> list[dict]:
             for number, line in enumerate(f, 1):
                 if line.strip():
                     row = json.loads(line)
+                    if "\\u" in line:
+                        json.dumps(row, ensure_ascii=False).encode()
                     if not isinstance(row, dict):
                         raise UserError(f"{path}, line {number}: not a JSON object; write one {{...}} per line")
                     rows.append(row | {"_line": number})
     except json.JSONDecodeError as e:
         raise UserError(f"{path}, line {number}: broken JSON ({e.msg}, column {e.colno}); mend or delete it") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}, line {number}: holds half a character (a lone surrogate); mend it") from None
     except (UnicodeDecodeError, OSError, EOFError, zlib.error) as e:
         raise UserError(f"{path}: cannot be read ({e}); fetch or make it again") from None
     except (ValueError, RecursionError) as e:  # an integer of thousands of digits, a nest of thousands of brackets
@@ -58,15 +63,11 @@ def text_field(row: dict, key: str, path) -> str:
     if not isinstance(value, str) or not value.strip():
         state = "missing" if key not in row else "empty" if isinstance(value, str) else "not a string"
         raise UserError(f"{path}, line {row['_line']}: the field \"{key}\" is {state}; every line needs it as text")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{path}, line {row['_line']}: the field \"{key}\" holds half a character (a lone surrogate); mend it") from None
     return value
 
 
-def written_chain(row: dict, path) -> list[str]:
-    """The pieces of a row's chain: those of a list, or one, without the think tags around it. Raises UserError with file and line."""
+def written_chain(row: dict, path) -> str | list[str]:
+    """A row's chain: a text, without the think tags around it, or the list of its pieces. Raises UserError with file and line."""
     cot = row.get("cot")
     if isinstance(cot, list):
         if not cot or not all(isinstance(piece, str) and piece for piece in cot):
@@ -74,27 +75,35 @@ def written_chain(row: dict, path) -> list[str]:
         return cot
     cot = text_field(row, "cot", path)
     cot = cot.lstrip().removeprefix(THINK) if cot.lstrip().startswith(THINK) else cot
-    return [cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot]
+    return cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot
 
 
-def encode_chain(pieces: list[str], tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """Token ids of a chain, and where each of its pieces ends."""
-    ids = [tokenizer.encode(piece) for piece in pieces]
-    return sum(ids, []), np.cumsum([len(x) for x in ids]).tolist()
+def encode_chain(chain: str | list[str], tokenizer: Tokenizer) -> tuple[list[int], list[int] | None]:
+    """Token ids of a chain and, if it is in pieces, where each ends."""
+    if isinstance(chain, str):
+        return tokenizer.encode(chain), None
+    ids = [tokenizer.encode(piece) for piece in chain]
+    return [i for piece in ids for i in piece], list(accumulate(map(len, ids)))
 
 
-def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True, skip: bool = False) -> list[Example]:
-    """Training examples from {"problem", "cot", "cot_answer"} lines, "cot" a text or a list of its pieces; without `chain` the chains are left
-    empty. `skip`: lines whose chain is empty, which are an error otherwise, as benchmarks have them."""
+def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True, skip: bool = False, r: int = 1) -> list[Example]:
+    """Training examples from {"problem", "cot", "cot_answer"} lines, "cot" a text or, as it has to be where r is 0, a list of its pieces.
+
+    Without `chain` the chains are left empty. `skip`: leaves out lines whose chain is empty, which benchmarks have and which are an
+    error otherwise.
+    """
     examples = []
     for row in read_jsonl(path):
         if skip and chain and row.get("cot") in ("", []):
             continue
         problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
-        pieces = written_chain(row, path) if chain else []
-        if chain and not "".join(pieces).strip():
+        cot = written_chain(row, path) if chain else ""
+        if chain and not "".join(cot).strip():
             raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds no chain between its think tags")
-        ids, ends = encode_chain(pieces, tokenizer)
+        if not r and isinstance(cot, str):
+            raise UserError(f"{path}, line {row['_line']}: --compression 0 is for chains in pieces, and here are whole texts; make \"cot\" "
+                            "a list of texts")
+        ids, ends = encode_chain(cot, tokenizer)
         examples.append(Example(tokenizer.prompt(problem), ids, tokenizer.end_think, tokenizer.encode(answer) + [tokenizer.end_of_turn], ends))
     if not examples:
         raise UserError(f"{path}: no line has a chain; name another file")
@@ -111,6 +120,18 @@ def segment_ends(example: Example, r: int) -> np.ndarray:
     return np.minimum(r * np.arange(1, num_latents(example, r) + 1), len(example.chain)) if r else np.array(example.ends, int)
 
 
+def _first(example: Example, r: int) -> int:
+    """How many tokens S_1 has."""
+    return min(r, len(example.chain)) if r else sum(example.ends[:1])
+
+
+def segments(chain: str | list[str], tokenizer: Tokenizer, r: int) -> list[list[int]]:
+    """S_1 ... S_N of a written chain, as token ids; none where r is 0 and it is not in pieces."""
+    ids, ends = encode_chain(chain, tokenizer)
+    ends = segment_ends(Example([], ids, [], [], ends or []), r).tolist()
+    return [ids[begin:end] for begin, end in zip([0, *ends], ends)]
+
+
 def layout(name: str, example: Example, r: int = 1) -> tuple[np.ndarray, ...]:
     """ids, kind, segment and position of every token of `example`, each int [T]; latents have id 0.
 
@@ -120,7 +141,7 @@ def layout(name: str, example: Example, r: int = 1) -> tuple[np.ndarray, ...]:
     if name == "encoder":
         before = ends  # L_i stands behind S_i
     elif name == "decoder":
-        first = ends[:1].sum()
+        first = _first(example, r)
         chain, before = chain[first:], ends - first  # no S_1; Z_i stands before S_{i+1}, the last one at the end
     elif name == "latent":
         chain, before = chain[:0], 0 * ends
@@ -142,7 +163,7 @@ def num_tokens(name: str, example: Example, r: int = 1) -> int:
     """Length of a layout, without building it."""
     n, fixed = len(example.chain), len(example.prompt) + len(example.end_think)
     latents = 0 if name == "cot" else num_latents(example, r)
-    text = {"cot": n, "encoder": n, "decoder": n - int(segment_ends(example, r)[:1].sum()), "latent": 0}[name]
+    text = {"cot": n, "encoder": n, "decoder": n - _first(example, r), "latent": 0}[name]
     return fixed + latents + text + (len(example.answer) if name != "encoder" else 0)
 
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from cache_latents import encode
-from data import Example, encode_chain, read_jsonl, segment_ends, text_field, written_chain
+from data import Example, encode_chain, read_jsonl, segments, text_field, written_chain
 from grade import Grader, boxed
 from latents import HIDDEN, entropy
 from load_hf_weights import base_dtype, fingerprint, load_model
@@ -43,7 +43,7 @@ ARMS = ("free", "forced", "floor", "random", "other", "argmax", "written")
 class Problem:
     text: str
     answer: str
-    chain: list[str]  # the pieces of the written one, none where the file has none
+    chain: str | list[str] | None  # the written one or its pieces, where the file has it
 
 
 def load_problems(path: str) -> list[Problem]:
@@ -55,7 +55,7 @@ def load_problems(path: str) -> list[Problem]:
             answer = str(number) if type(number) in (int, float) else text_field(row, "answer", path)  # true is no number
         elif (answer := boxed(text_field(row, "cot_answer", path))) is None:
             raise UserError(f"{path}, line {row['_line']}: the field \"cot_answer\" holds no \\boxed{{...}}")
-        problems.append(Problem(problem, answer, written_chain(row, path) if row.get("cot") else []))
+        problems.append(Problem(problem, answer, written_chain(row, path) if row.get("cot") else None))
     return problems
 
 
@@ -85,10 +85,10 @@ def split_chain(tokens: list[int], end_think: list[int]) -> tuple[list[int], lis
     return tokens, tokens
 
 
-def effective_compression(ids: torch.Tensor, chain: list[int], ends: list[int]) -> float | None:
-    """ECR@K of one sample: how many of a segment's tokens are among the K ids [n, K] of its latent, averaged over the latents
-    that have a segment; these end in `chain` at `ends`."""
-    pairs = [(set(top), chain[begin:end]) for top, begin, end in zip(ids.tolist(), [0, *ends], ends)]
+def effective_compression(ids: torch.Tensor, written: list[list[int]]) -> float | None:
+    """ECR@K of one sample: how many tokens of a written segment are among the K ids [n, K] of its latent, averaged over the latents
+    that have a segment."""
+    pairs = [(set(top), segment) for top, segment in zip(ids.tolist(), written)]
     return sum(token in top for top, segment in pairs for token in segment) / len(pairs) if pairs else None
 
 
@@ -103,9 +103,9 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
             "chain_length": len(chain) + len(latents), "answer_tokens": len(answer), "finished": result.finished}
     if latents and settings.top_k > 0:  # of the whole vocabulary only the likeliest are kept
         line["entropy"] = round(float(entropy(result.probs).mean()), 4)
-        written, ends = encode_chain(problem.chain, tokenizer)
-        ends = segment_ends(Example([], written, [], [], ends), r).tolist() if r or len(ends) > 1 else []
-        line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written, ends) for k in (5, 10) if k <= result.ids.shape[1]}
+    if latents:
+        written = segments(problem.chain, tokenizer, r) if problem.chain else []
+        line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written) for k in (5, 10) if k <= result.ids.shape[1]}
     return line
 
 
@@ -180,7 +180,8 @@ class Done:
 
 
 def sampled(model, tokenizer, problems, args, settings, path: Path, rank: int, world: int, given=None) -> tuple[dict, float]:
-    """The results of all samples by number (problem times samples plus sample), and the seconds that it took, without a GPU's compilation and the writing down."""
+    """The results of all samples by number (problem times samples plus sample), and the seconds that it took, without a GPU's compilation and
+    the writing down."""
     done = Done(path, rank)
     total = len(problems) * args.samples
     numbers = [n for n in range(total) if n not in done.results][rank::world]
@@ -282,9 +283,9 @@ def main():
         if which.startswith("top-") and (settings.top_k == HIDDEN or int(which[4:]) > model.config.vocab_size):
             raise UserError(f"--arms {which}: is for superpositions of at most the {model.config.vocab_size} tokens there are")
         if which == "written":
-            if not all("".join(p.chain).strip() for problems in problems_of.values() for p in problems):
+            if not all(p.chain and "".join(p.chain).strip() for problems in problems_of.values() for p in problems):
                 raise UserError("--arms written: a problem without a written chain; give files in the training schema")
-            if not reasons["compression"] and all(len(p.chain) == 1 for problems in problems_of.values() for p in problems):
+            if not reasons["compression"] and any(isinstance(p.chain, str) for problems in problems_of.values() for p in problems):
                 raise UserError("--arms written: this model has a latent for each piece of a chain; give files with lists of pieces")
             before = read_json(Path(phase1_of(args.model)) / "config.json")
             if before.get("command") != "train_phase1" or before["top_k"] != settings.top_k:

@@ -1,5 +1,5 @@
-"""Is an answer right? Plain numbers have to be equal, digit for digit in value; of all else math-verify decides, in a process of its own: a
-hostile answer costs seconds, not the run."""
+"""Is an answer right? Plain numbers have to be equal, exactly; of all else math-verify decides, in a process of its own: a hostile
+answer costs seconds, not the run."""
 
 from decimal import Decimal
 import json

@@ -164,8 +164,8 @@ def entropy(probs: torch.Tensor) -> torch.Tensor:
 
 
 def squared_error(hidden_states: torch.Tensor, targets: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """sum_n weights_n |h_n - t_n|^2 / hidden_size, in float32: how far hidden states [N, hidden_size] are
-    from latents that are such."""
+    """sum_n weights_n |h_n - t_n|^2 / hidden_size, in float32, of hidden states and of the latents that they are
+    to be, both [N, hidden_size]."""
     return (weights * (precise(hidden_states) - precise(targets)).square().mean(-1)).sum()
 
 

@@ -197,7 +197,7 @@ def collect(out: Path) -> dict:
         parts = {"": home / "eval", "student.": home / "student", "alone.": home / "alone",
                  "phase1.": home.parent / "phase1" / VARIANTS[home.name].latents / "eval"}
         files = [(part, file) for part, directory in parts.items() for file in sorted(directory.glob("*.json"))]
-        found = {part + file.stem: read_json(file) for part, file in files if file.name != "settings.json"}
+        found = {(part + file.stem).replace("-pieces", ""): read_json(file) for part, file in files if file.name != "settings.json"}
         if (home / "n_eff" / "n_eff.json").exists():
             found["n_eff"] = read_json(home / "n_eff" / "n_eff.json")
         runs.setdefault(home.name, {})[home.parent.name] = found | {"made": read_json(home / "chosen.json")}
@@ -334,8 +334,7 @@ def report(found: dict, out: Path) -> None:
         for seed, s in seeds.items():
             test = s["gsm8k-test"]
             cells = [f"{s[t]['accuracy']:.1f} ± {s[t]['interval']:.1f}" if t in s else "" for t in tests]
-            ceilings = [next((f"{s[key]['accuracy']:.1f}" for key in s if re.fullmatch(rf"{part}\.valid(-pieces)?\.written", key)), "")
-                        for part in ("phase1", "student")]
+            ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("phase1.valid.written", "student.valid.written")]
             alone = s.get("alone.gsm8k-test")
             seconds = (alone or test)["seconds_per_problem"]
             lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + f" | {test['chain_length']:.1f} | "

@@ -163,7 +163,10 @@ def is_free(out: Path) -> bool:
 
 
 def hold(out: Path):
-    """The run directory `out` as this process's own until the file that is returned is closed; UserError if another process has it."""
+    """The run directory `out` as this process's own until the file that is returned is closed; UserError if another process has it.
+
+    What a process left that was killed while it wrote is removed.
+    """
     lock = open(out / ".lock", "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -171,7 +174,7 @@ def hold(out: Path):
         raise UserError(f"{out}: another process is at work on it; wait for that, or choose another --out") from None
     except OSError:
         pass  # a file system without locks
-    for temporary in out.rglob(".*.tmp"):  # of a process that was killed while it wrote
+    for temporary in out.rglob(".*.tmp"):
         temporary.unlink()
     return lock
 

@@ -171,10 +171,8 @@ def main():
         encoder = Encoder(model, rule=causal if args.no_induction else induction)
     if args.top_k > model.config.vocab_size:
         raise UserError(f"--top-k {args.top_k}: the vocabulary has only {model.config.vocab_size} tokens")
-    examples = load_examples(args.data, tokenizer)
-    valid = load_examples(args.valid, tokenizer, skip=True) if args.valid else None
-    if not args.compression and all(len(e.ends) == 1 for e in examples):
-        raise UserError(f"--compression 0: is for chains in pieces, and those of {args.data} are whole texts; make \"cot\" a list of texts there")
+    examples = load_examples(args.data, tokenizer, r=args.compression)
+    valid = load_examples(args.valid, tokenizer, skip=True, r=args.compression) if args.valid else None
     task = Phase1(encoder, args.compression, args.top_k, LEARNS[args.step], not args.no_segments, args.w_anchor)
     train(task, examples, valid, args, rank, world, device)
 

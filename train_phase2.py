@@ -4,8 +4,8 @@
 
 Loss = w_ce * CE(</think> A) + w_kl * KL(alpha || q), q the softmax of the LM head at the position before each latent; KL is
 averaged over the latents of an example, then over examples. With --own-share, part of the examples read, in the place of the
-cached latents, what the model itself makes of the positions before them. Where latents are hidden states, their squared error is added. See
-docs/METHOD.md.
+cached latents, what the model itself makes of the positions before them. Where latents are hidden states, their squared error is
+added. See docs/METHOD.md.
 """
 
 from dataclasses import dataclass
@@ -149,12 +149,12 @@ def main():
     model, tokenizer, _ = load_model(args.phase1, "cpu" if args.shard else device, torch.float32 if args.all_weights else base_dtype(device))
     if not args.all_weights:
         lora.add_adapter(model, "student", args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
-    plain = load_examples(args.data, tokenizer)
+    plain = load_examples(args.data, tokenizer, r=args.compression)
     made_from = identity(args.phase1, args.data, len(plain), args.compression, args.top_k)
     examples = with_latents(plain, read_cache(args.cache, made_from))
     valid = None
     if args.valid:  # a few latents: made now, by the encoder on its own base, a second whole copy for as long as that takes
-        plain = load_examples(args.valid, tokenizer, skip=True)
+        plain = load_examples(args.valid, tokenizer, skip=True, r=args.compression)
         encoder = finished_encoder(args.phase1, device)
         valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))
         del encoder

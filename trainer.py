@@ -204,7 +204,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
         if rank == 0:
             print(f"{out}: is finished already")
         return
-    held = ExitStack()
+    held = ExitStack()  # of rank 0 alone
     from_rank0(lambda: held.enter_context(hold(out)) and None)
     steps = args.max_steps or max(1, math.ceil(args.epochs * len(examples) / args.batch_size))
     valid_every = args.valid_every or max(1, steps // 10)

@@ -127,6 +127,10 @@ def test_chains_in_pieces(command, checkpoint, data, tmp_path):
     pieces.write_text("\n".join(json.dumps(row | {"cot": re.findall(r"\d+|\D", row["cot"])}) for row in rows))
     code, _, error = command(train_phase1.main, "--step", "encoder", "--model", checkpoint(), "--data", data, "--out", tmp_path / "no", "--compression", 0)
     assert code == 1 and "whole texts" in error and not (tmp_path / "no").exists()
+    mixed = tmp_path / "mixed.jsonl"
+    mixed.write_text("".join(pieces.read_text().splitlines(keepends=True)[:3]) + data.read_text())
+    code, _, error = command(train_phase1.main, "--step", "encoder", "--model", checkpoint(), "--data", mixed, "--out", tmp_path / "no", "--compression", 0)
+    assert code == 1 and "mixed.jsonl, line 4: " in error and not (tmp_path / "no").exists()
     run, cache, latent, out = (tmp_path / name for name in ("run", "cache", "latent", "out"))
     phase1(command, checkpoint, pieces, run, "--compression", 0)
     assert command(cache_latents.main, "--phase1", run, "--data", pieces, "--out", cache)[0] == 0

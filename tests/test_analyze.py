@@ -98,5 +98,7 @@ def test_the_command(command, checkpoint, data, tmp_path, monkeypatch):
     code, printed, error = command(analyze.main, *arguments, "--data", data, other, "--problems", 15)
     assert code == 0 and "thought nothing" in printed and json.loads((out / "n_eff.json").read_text())["problems"] == 0, error
     assert command(analyze.main, *arguments, "--data", data, other)[0] == 1  # is finished
+    (out / "n_eff.json").rename(out / "of somebody else")
+    assert command(analyze.main, *arguments, "--data", data, other)[0] == 1
     code, _, error = command(analyze.main, *arguments, "--data", data, "--out", tmp_path / "alone")
     assert code == 1 and "no problem has two different chains" in error

@@ -177,17 +177,13 @@ def test_two_at_work_on_one_run(command, fails, checkpoint, data, tmp_path):
     """A second process is turned away; what one left that was killed while it wrote goes."""
     out = tmp_path / "out"
     arguments = sft(checkpoint(), data, out, "--max-steps", 2)
-    out.mkdir()
-    (out / "config.json").write_text("{}")
-    (out / ".resume.safetensors.123.tmp").write_text("half")
-    with runs.hold(out):
-        assert not list(out.glob(".*.tmp"))
-        (out / "config.json").unlink(), (out / ".lock").unlink()
     assert command(train_sft.main, *arguments)[0] == 0
-    (out / "finished.json").unlink()
+    (out / "finished.json").unlink()  # as if it was not done
     with runs.hold(out):
         fails(train_sft.main, arguments, "another process is at work")
+    (out / ".resume.safetensors.123.tmp").write_text("half")
     assert command(train_sft.main, *arguments)[0] == 0
+    assert not list(out.glob(".*.tmp"))
 
 
 def test_awkward_data(command, fails, checkpoint, data, tmp_path):
@@ -200,6 +196,10 @@ def test_awkward_data(command, fails, checkpoint, data, tmp_path):
     fails(train_sft.main, sft(checkpoint(), data, tmp_path / "no", "--valid", valid), "no line has a chain")
     bad.write_text(json.dumps(LINE | {"problem": "\ud83d"}))
     fails(evaluation.main, ["--model", checkpoint(), "--data", bad, "--out", tmp_path / "no"], "line 1", "lone surrogate")
+    bad.write_text(json.dumps(LINE | {"cot": ["1", "\ud83d"]}))
+    fails(train_sft.main, sft(checkpoint(), bad, tmp_path / "no"), "line 1", "lone surrogate")
+    bad.write_text(json.dumps(LINE | {"problem": "\ud83d\ude00"}))  # a whole one
+    assert command(train_sft.main, *sft(checkpoint(), bad, tmp_path / "whole"))[0] == 0
     settings.write_text(data.read_text())
     fails(evaluation.main, ["--model", checkpoint(), "--data", settings, "--out", tmp_path / "no"], "rename the file")
     assert not (tmp_path / "no").exists()

@@ -93,13 +93,15 @@ def test_pass_at_k():
 def test_no_entropy_where_only_the_likeliest_tokens_are_known(command, checkpoint, data, tmp_path):
     for k, known in ((3, True), (0, False)):
         assert command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / str(k), *ARGUMENTS, "--top-k", k)[0] == 0
-        assert ("entropy" in json.loads((tmp_path / str(k) / "train.json").read_text())) == known
+        summary = json.loads((tmp_path / str(k) / "train.json").read_text())
+        assert ("entropy" in summary) == known
+        assert ("ecr@5" in summary) == (k != 3)  # of 3 tokens there are no 5 likeliest
 
 
 def test_effective_compression():
     ids = torch.tensor([[1, 2], [3, 4], [5, 6], [7, 8]])
-    assert evaluation.effective_compression(ids, [1, 9, 4, 3, 0], [2, 4, 5]) == 1.0  # 1 of (1, 9), 2 of (4, 3), 0 of (0); the last has none
-    assert evaluation.effective_compression(ids[:0], [1], [1]) is None
+    assert evaluation.effective_compression(ids, [[1, 9], [4, 3], [0]]) == 1.0  # 1 of (1, 9), 2 of (4, 3), 0 of (0); the last has none
+    assert evaluation.effective_compression(ids[:0], [[1]]) is None
 
 
 ARGUMENTS = ["--thinking", "latent", "--max-latents", 4, "--max-new-tokens", 6, "--temperature", 1, "--batch-size", 16]
@@ -211,4 +213,4 @@ def test_an_answer_may_be_a_number(tmp_path):
 def test_chains_of_a_benchmark_are_those_of_training(tmp_path):
     path = tmp_path / "tagged.jsonl"
     path.write_text(json.dumps({"problem": "1", "answer": "2", "cot": "<think>12</think>"}))
-    assert evaluation.load_problems(path)[0].chain == ["12"]
+    assert evaluation.load_problems(path)[0].chain == "12"

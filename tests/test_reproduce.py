@@ -38,7 +38,7 @@ def test_smoke(command, checkpoint, data, tmp_path):
     assert code == 0, error
     pieces = json.loads((out / "results.json").read_text())["runs"]["Latent-pieces"]["seed1"]
     expected = [len(reproduce.PIECES.findall(json.loads(line)["cot"])) for line in (out / "data" / "valid.jsonl").read_text().splitlines()]
-    assert pieces["student.valid-pieces.written"]["chain_length"] == sum(expected) / len(expected)
+    assert pieces["student.valid.written"]["chain_length"] == sum(expected) / len(expected)
     (out / "seed1" / "r2-LoRA" / "eval" / "settings.json").write_text("{}")
     (out / "seed1" / "r2-LoRA" / "eval" / "gsm8k-test.json").unlink()
     code, _, error = command(reproduce.main, *arguments, "--variants", "r2-LoRA", "CoT-SFT", "--jobs", 2)

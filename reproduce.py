@@ -53,13 +53,13 @@ ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents 
 @dataclass
 class Variant:
     """A row of the table. r None: trained on text (train_sft.py), 0: a latent for each of PIECES; phase1, phase2: flags of these scripts;
-    arms: whether to try ARMS too. short: an ablation, with SHORT of phase 2's epochs, to be compared with r2-short."""
+    arms: whether to try ARMS too. epochs: times those of phase 2; an ablation has SHORT of them, to be compared with r2-short."""
     r: int | None = 2
     phase1: str = ANCHOR
     phase2: str = f"--all-weights {OWN}"
     sft: str = ""
     arms: bool = False
-    short: bool = False
+    epochs: float = 1.0
     small: bool = False  # on gsm8k-train alone
 
     @property
@@ -82,21 +82,22 @@ VARIANTS = {
     "answer-only": Variant(None, sft="--no-chain"),
     "CoT-SFT": Variant(None),
     "Latent-r2": Variant(2, arms=True),
+    "Latent-r2-long": Variant(2, epochs=2.0, arms=True),
     "Latent-r3": Variant(3),
     "Latent-r4": Variant(4, arms=True),
     "Latent-pieces": Variant(0, arms=True),
-    "r1-short": Variant(1, short=True),  # as many latents as tokens: the price of latents without that of compression
-    "r2-short": Variant(short=True),
-    "r2-no-anchor": Variant(phase1="", short=True),
-    "r2-no-own": Variant(phase2="--all-weights", short=True),
-    "r2-paper": Variant(phase1="", phase2="--all-weights --noise 1", short=True),  # neither of these, which the paper does not have
-    "r2-noise": Variant(phase2=f"--all-weights {OWN} --noise 1", short=True),
-    "r2-LoRA": Variant(phase2=OWN, short=True),
-    "r2-top1": Variant(phase1=f"{ANCHOR} --top-k 1", short=True),
-    "r2-full-vocabulary": Variant(phase1=f"{ANCHOR} --top-k 0", short=True, small=True),  # a cache of the whole vocabulary is large
-    "r2-hidden-states": Variant(phase1=f"{ANCHOR} --top-k -1", short=True),
-    "r2-no-induction": Variant(phase1=f"{ANCHOR} --no-induction", short=True),
-    "r2-no-segments": Variant(phase1=f"{ANCHOR} --no-segments", short=True),
+    "r1-short": Variant(1, epochs=SHORT),  # as many latents as tokens: the price of latents without that of compression
+    "r2-short": Variant(2, epochs=SHORT),
+    "r2-no-anchor": Variant(phase1="", epochs=SHORT),
+    "r2-no-own": Variant(phase2="--all-weights", epochs=SHORT),
+    "r2-paper": Variant(phase1="", phase2="--all-weights --noise 1", epochs=SHORT),  # neither of these, which the paper does not have
+    "r2-noise": Variant(phase2=f"--all-weights {OWN} --noise 1", epochs=SHORT),
+    "r2-LoRA": Variant(phase2=OWN, epochs=SHORT),
+    "r2-top1": Variant(phase1=f"{ANCHOR} --top-k 1", epochs=SHORT),
+    "r2-full-vocabulary": Variant(phase1=f"{ANCHOR} --top-k 0", epochs=SHORT, small=True),  # a cache of the whole vocabulary is large
+    "r2-hidden-states": Variant(phase1=f"{ANCHOR} --top-k -1", epochs=SHORT),
+    "r2-no-induction": Variant(phase1=f"{ANCHOR} --no-induction", epochs=SHORT),
+    "r2-no-segments": Variant(phase1=f"{ANCHOR} --no-segments", epochs=SHORT),
 }
 MAIN = ("answer-only", "CoT-SFT", "Latent-r2", "Latent-r4")
 
@@ -157,7 +158,7 @@ def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, dev
         flags = f"--step {step.name} --compression {v.r} {v.phase1} {PHASE1} {how(step.name)}"
         stage("train_phase1.py", flags, step, "finished.json", **origin, **files)
     stage("cache_latents.py", device, cache, "cache.json", phase1=joint, data=files["data"])
-    flags = f"{PHASE2} {'' if v.short else KEEP} {v.phase2} {how('phase2')}"
+    flags = f"{PHASE2} {KEEP if v.epochs >= 1 else ''} {v.phase2} {how('phase2')}"
     stage("train_phase2.py", flags, out, "finished.json", phase1=joint, cache=cache, **files)
     return out, joint
 
@@ -293,7 +294,7 @@ def train_all(args, out: Path) -> None:
     for seed in args.seeds:
         def how(stage, v):
             epochs = EPOCHS.get(stage, 0) * args.minutes / 60 * (whole / small if v.small else 1)  # as many steps on little data
-            epochs *= SHORT if v.short and stage == "phase2" else 1
+            epochs *= v.epochs if stage == "phase2" else 1
             return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} --row-tokens 17408")
         seeded, cot_sft = out / f"seed{seed}", None
         names = [name for name in VARIANTS if name in args.variants]

@@ -103,6 +103,8 @@ class Tokenizer:
                           [self.normalize(t["content"]) for t in plain if t.get("normalized")]))
         self.family = self._choose_family(model_type, str(path))
         self.think, self.end_think = self._marker(THINK), self._marker(END_THINK)
+        parts = [part.replace("{instruction}", INSTRUCTION) for part in _FAMILIES[self.family][1]]
+        self._prompt = [part if "{problem}" in part else [self.added[part]] if part in self.added else self.encode(part) for part in parts]
 
     def _choose_family(self, model_type: str, where: str) -> str:
         for family, (token, _) in _FAMILIES.items():
@@ -136,12 +138,9 @@ class Tokenizer:
 
     def prompt(self, problem: str) -> list[int]:
         """`Q <think>`: the chat prompt of this family for `problem`, ready to think."""
-        template = _FAMILIES[self.family][1]
         ids = []
-        for part in template:
-            # {instruction} and {problem} are filled into ordinary text only, never into a special token
-            ids += [self.added[part]] if part in self.added else \
-                self.encode(part.replace("{instruction}", INSTRUCTION).replace("{problem}", problem))
+        for part in self._prompt:  # the problem is filled into ordinary text only, never into a special token
+            ids += self.encode(part.replace("{problem}", problem)) if isinstance(part, str) else part
         return ids + self.think
 
     @property

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data import Example, RowShape, load_examples, num_latents, num_tokens, pack, pack_row, row_shape, to_device
 from load_hf_weights import base_dtype, fingerprint, load_model, resolve
-from runs import (UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, read_tensors,
+from runs import (UserError, at_least, file_hash, finished_run, from_rank0, open_run, parser, read_json, read_tensors,
                   run_main, start, write_json, write_tensors)
 from train_phase1 import Encoder, load_encoder
 
@@ -25,7 +25,7 @@ SHARD = 1024  # examples
 def identity(phase1: str | Path, data: str | Path, count: int, compression: int, top_k: int) -> dict:
     """What a cache depends on; phase 2 compares it, value by value, with what it is about to train on."""
     base = read_json(Path(phase1) / "config.json")["model"]
-    return {"compression": compression, "top_k": top_k, "count": count, "data": file_hash(data),
+    return {"compression": compression, "top_k": top_k, "count": count, "data_hash": file_hash(data),
             "model": fingerprint(base, Path(phase1) / "encoder.safetensors"),
             "tokenizer": file_hash(resolve(base)[0] / "tokenizer.json")}
 
@@ -49,13 +49,6 @@ def encode(encoder: Encoder, examples: list[Example], r: int, k: int, row_tokens
     return cached
 
 
-def _compare(directory: Path, found: dict, expected: dict, advice: str) -> None:
-    for key, value in expected.items():
-        if found.get(key) != value:
-            raise UserError(f"{directory}: this cache does not fit: {key} is {found.get(key)} in the cache and {value} "
-                            f"here; {advice}")
-
-
 def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
     """The latents of every example, in the data file's order, as `encode` gives them.
 
@@ -65,7 +58,10 @@ def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
     if not (directory / "cache.json").exists():
         raise UserError(f"{directory}: no latent cache here (no cache.json); make or finish one with cache_latents.py")
     found = read_json(directory / "cache.json")
-    _compare(directory, found, expected, "make the cache again from this phase 1 run and this data")
+    for key, value in expected.items():
+        if found.get(key) != value:
+            raise UserError(f"{directory}: this cache does not fit: {key} is {found.get(key)} in the cache and {value} here; make the cache "
+                            "again from this phase 1 run and this data")
     cached = []
     for path in sorted(directory.glob("shard-*.safetensors")):
         tensors, _ = read_tensors(path)
@@ -92,19 +88,8 @@ def main():
     encoder = load_encoder(args.phase1, model).to(device).eval()
     examples = load_examples(args.data, tokenizer, r=r)
     made_from = identity(args.phase1, args.data, len(examples), r, k)
-
-    def begin() -> bool:
-        """Checks that `out` is free or holds this very cache; True if that is finished."""
-        finished, note = out / "cache.json", out / "making.json"  # the note says what a cache in the making is made from
-        for found in (finished, note):
-            if found.exists():
-                _compare(out, read_json(found), made_from, "choose another --out")
-        if not finished.exists() and not note.exists():
-            if not is_free(out):
-                raise UserError(f"{out}: is there already and is no latent cache; choose another --out")
-            write_json(note, made_from)
-        return finished.exists()
-    if from_rank0(begin):
+    from_rank0(lambda: open_run(out, made_from))
+    if (out / "cache.json").exists():
         if rank == 0:
             print(f"{out}: is finished already")
         return
@@ -126,7 +111,7 @@ def main():
     if dist.is_initialized():
         dist.barrier()
     if rank == 0:
-        (out / "making.json").rename(out / "cache.json")
+        write_json(out / "cache.json", made_from)
         print(f"{out}: {sum(num_latents(e, r) for e in examples)} latents of {len(examples)} examples")
 
 

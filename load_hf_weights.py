@@ -120,20 +120,16 @@ def resolve(path: str | Path) -> tuple[Path, list[Path], dict]:
     if "model_type" in config:
         return path, [], PLAIN | config.get("latent_sft", {})
     command = config.get("command")
-    if command == "train_sft" or config.get("all_weights"):
-        return resolve(path / "model") if (path / "model").exists() else _unfinished(path)
-    if command in ("train_phase1", "train_phase2"):
-        base, adapters, _ = resolve(config["model"] if command == "train_phase1" else config["phase1"])
-        adapter = path / ("decoder.safetensors" if command == "train_phase1" else "student.safetensors")
-        if not adapter.exists():
-            _unfinished(path)
-        reasons = {"thinking": "latent", "top_k": config["top_k"], "compression": config["compression"]}
-        return base, adapters + [adapter], reasons
-    raise UserError(f"{path}: neither a checkpoint nor a run of this program (config.json has no model_type)")
-
-
-def _unfinished(path: Path):
-    raise UserError(f"{path}: this run has saved no weights yet; let it finish first")
+    if command not in ("train_sft", "train_phase1", "train_phase2"):
+        raise UserError(f"{path}: neither a checkpoint nor a run of this program (config.json has no model_type)")
+    whole = command == "train_sft" or config.get("all_weights")
+    saved = path / ("model" if whole else "decoder.safetensors" if command == "train_phase1" else "student.safetensors")
+    if not saved.exists():
+        raise UserError(f"{path}: this run has saved no weights yet; let it finish first")
+    if whole:
+        return resolve(saved)
+    base, adapters, _ = resolve(config["model"] if command == "train_phase1" else config["phase1"])
+    return base, adapters + [saved], {"thinking": "latent", "top_k": config["top_k"], "compression": config["compression"]}
 
 
 def starting_point(path: str | Path) -> str:
@@ -166,14 +162,12 @@ def fingerprint(path: str | Path, *more: str | Path) -> str:
 
 
 def save_checkpoint(model: Model, source: str | Path, out: str | Path, reasons: dict, dtype=None) -> None:
-    """Writes `model` as the hub directory `out`, with config and tokenizer files from the checkpoint `source`.
+    """Writes `model` as the hub directory `out`, in place of what is there, with config and tokenizer files from the checkpoint `source`.
 
     The directory appears whole or not at all. dtype None keeps the dtype of `source`.
     """
     out, source = Path(out), Path(source)
     config = read_json(source / "config.json")
-    if not is_free(out):
-        raise UserError(f"{out}: is there already and not empty; choose another --out")
     dtype = dtype or getattr(torch, config.get("dtype") or config.get("torch_dtype") or "float32")
     for key in {"dtype", "torch_dtype"} & config.keys():
         config[key] = str(dtype).removeprefix("torch.")
@@ -201,27 +195,12 @@ def save_checkpoint(model: Model, source: str | Path, out: str | Path, reasons: 
             if (source / name).exists():
                 shutil.copy(source / name, temporary / name)
         (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
-        if out.exists():
-            out.rmdir()
+        shutil.rmtree(out, ignore_errors=True)
         temporary.rename(out)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{out}: cannot be written ({e})") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def replace_checkpoint(model: Model, source: str | Path, out: Path, reasons: dict) -> None:
-    """save_checkpoint to `out` in place of the one that is there, if any; at every moment a whole one is at `out` or at `out`.new."""
-    new, old = out.with_name(out.name + ".new"), out.with_name(out.name + ".old")
-    if new.exists() and not out.exists():  # killed between the two renames below
-        new.rename(out)
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_checkpoint(model, source, new, reasons)
-    if out.exists():
-        out.rename(old)
-    new.rename(out)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def main():
@@ -231,6 +210,8 @@ def main():
     p.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="of what is written; default: as it was")
     args = p.parse_args()
     base, adapters, reasons = resolve(args.model)
+    if not is_free(Path(args.out)):
+        raise UserError(f"{args.out}: is there already and not empty; choose another --out")
     print(f"merging {len(adapters)} adapter(s) into {base}")
     model, _, _ = load_model(args.model)
     save_checkpoint(model, base, args.out, reasons, getattr(torch, args.dtype) if args.dtype else None)

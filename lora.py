@@ -115,12 +115,6 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
             for path, linear in _carriers(model) for key, p in linear.adapters[name].named_parameters()}
 
 
-def set_training(model: nn.Module, name: str, mode: bool) -> None:
-    """Turns the dropout of one adapter on or off."""
-    for _, linear in _carriers(model):
-        linear.adapters[name].train(mode)
-
-
 @torch.no_grad()
 def merge(model: nn.Module, name: str) -> None:
     """Adds the adapter's update to the base weights, in float32."""

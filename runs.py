@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -104,6 +105,8 @@ def start(device: str | None) -> tuple[int, int, torch.device]:
         if name == "cuda" and local >= torch.cuda.device_count():
             raise RuntimeError(f"rank {rank} finds {torch.cuda.device_count()} GPUs; start no more ranks than that")
         chosen = torch.device(f"cuda:{local}" if name == "cuda" else name)
+        if chosen.type not in ("cpu", "cuda"):
+            raise RuntimeError("only CPUs and CUDA GPUs are")
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as e:
         raise UserError(f"--device {name}: not usable here ({str(e).splitlines()[0]})") from None
@@ -154,7 +157,8 @@ def fused(function, x: torch.Tensor):
 
 # ---- run directories ----
 
-FREE = {"out", "device", "save_every", "valid_every", "keep", "shard", "checkpoint_activations"}  # may differ when a run goes on
+FREE = {"out", "device", "data", "valid", "cache", "save_every", "valid_every", "keep", "shard", "checkpoint_activations"}  # may differ when
+# a run goes on; of --data the hash may not, and a cache is compared with data and model
 
 
 def is_free(out: Path) -> bool:
@@ -162,21 +166,30 @@ def is_free(out: Path) -> bool:
     return not out.exists() or out.is_dir() and not any(out.iterdir())
 
 
+def locked(path: Path, wait: bool = True):
+    """The file `path` as this process's own until it is closed; BlockingIOError if another process has it and shall not be waited for."""
+    file = open(path, "w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        raise
+    except OSError:
+        pass  # a file system without locks
+    return file
+
+
 def hold(out: Path):
     """The run directory `out` as this process's own until the file that is returned is closed; UserError if another process has it.
 
     What a process left that was killed while it wrote is removed.
     """
-    lock = open(out / ".lock", "w")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        held = locked(out / ".lock", wait=False)
     except BlockingIOError:
         raise UserError(f"{out}: another process is at work on it; wait for that, or choose another --out") from None
-    except OSError:
-        pass  # a file system without locks
-    for temporary in out.rglob(".*.tmp"):
-        temporary.unlink()
-    return lock
+    for temporary in list(out.rglob(".*.tmp")):
+        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+    return held
 
 
 def open_run(out: str | Path, settings: dict) -> None:
@@ -218,7 +231,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpF
     """Keeps the description's lines; appends defaults, except where there is none or the text speaks of it."""
 
     def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
+        return action.help if action.default is None or "default" in action.help else super()._get_help_string(action)
 
 
 def parser(description: str, seed: bool = True, device: bool = True) -> argparse.ArgumentParser:
@@ -240,14 +253,6 @@ def at_least(low, kind=int, most=None):
         return value
     number.__name__ = kind.__name__
     return number
-
-
-def share(text: str) -> float:
-    """An argparse type: a number from 0 to below 1."""
-    value = float(text)
-    if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to below 1, not {text}")
-    return value
 
 
 def finished_run(path: str | Path, command: str) -> dict:
@@ -297,7 +302,7 @@ def run_main(main) -> None:
         print(f"error: {e.filename or 'a file'}: {e.strerror}; mend that and start the command again", file=sys.stderr)
         code = 1
     except torch.OutOfMemoryError as e:
-        print(f"error: out of GPU memory; fewer --row-tokens, a smaller --batch-size or --checkpoint-activations need less ({e})", file=sys.stderr)
+        print(f"error: out of GPU memory; --checkpoint-activations needs less, and so, in another --out, do fewer --row-tokens or a smaller --batch-size ({e})", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

@@ -73,12 +73,6 @@ class Phase1(Task):
                 p.requires_grad_(True)
         self.encoder.latent_query.requires_grad_("encoder" in learns)
 
-    def train(self, mode: bool = True):
-        super().train(mode)
-        for name in {"encoder", "decoder"} - set(self.learns):
-            lora.set_training(self.model, name, False)  # a frozen adapter drops nothing out
-        return self
-
     def length(self, example):
         return max(num_tokens(layout, example, self.r) for layout in ("encoder", self.layout))
 
@@ -162,12 +156,13 @@ def main():
     rank, world, device = start(args.device)
     torch.manual_seed(args.seed)
     model, tokenizer, _ = load_model(args.model, "cpu" if args.shard else device, base_dtype(device))
+    dropout = {name: args.lora_dropout * (name in LEARNS[args.step]) for name in LEARNS["joint"]}  # none before an adapter that is frozen
     if args.init:
-        encoder = load_encoder(args.init, model, args.lora_dropout)
-        lora.load_adapter(Path(args.init) / "decoder.safetensors", model, "decoder", args.lora_dropout)
+        encoder = load_encoder(args.init, model, dropout["encoder"])
+        lora.load_adapter(Path(args.init) / "decoder.safetensors", model, "decoder", dropout["decoder"])
     else:
-        for name in ("encoder", "decoder"):
-            lora.add_adapter(model, name, args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
+        for name in dropout:
+            lora.add_adapter(model, name, args.lora_rank, 2 * args.lora_rank, dropout[name])
         encoder = Encoder(model, rule=causal if args.no_induction else induction)
     if args.top_k > model.config.vocab_size:
         raise UserError(f"--top-k {args.top_k}: the vocabulary has only {model.config.vocab_size} tokens")

@@ -17,7 +17,7 @@ from cache_latents import encode, identity, read_cache
 from data import Example, Row, load_examples, num_targets, num_tokens, pack_row
 from graphs import run_row
 import latents
-from load_hf_weights import base_dtype, load_model, replace_checkpoint, resolve
+from load_hf_weights import base_dtype, load_model, save_checkpoint, resolve
 import lora
 from masks import causal
 from model import Model
@@ -107,7 +107,7 @@ class Phase2(Task):
 
     def save(self, out: Path):
         if self.source:
-            replace_checkpoint(self.model, self.source, out / "model", {"thinking": "latent", "top_k": self.k, "compression": self.r})
+            save_checkpoint(self.model, self.source, out / "model", {"thinking": "latent", "top_k": self.k, "compression": self.r})
         else:
             lora.save_adapter(out / "student.safetensors", self.model, "student")
 
@@ -126,7 +126,7 @@ def main():
     p.add_argument("--own-share", type=at_least(0, float, most=1), default=0.0, help="share of examples that read the model's own latents "
                    "instead of the cached ones, which stay the targets; 0: none, as in the paper")
     add_training_arguments(p, lr=3e-4, epochs=50)
-    p.set_defaults(lora_rank=None, lora_dropout=None)  # 64 and 0.1, unless all weights learn
+    p.set_defaults(lora_rank=None, lora_dropout=None)  # the defaults unless all weights learn
     args = p.parse_args()
     args.command = "train_phase2"
     before = finished_run(args.phase1, "train_phase1")

@@ -12,7 +12,7 @@ from pathlib import Path
 from data import load_examples, num_targets, num_tokens, pack_row
 from graphs import run_row
 import latents
-from load_hf_weights import PLAIN, base_dtype, load_model, replace_checkpoint, resolve, starting_point
+from load_hf_weights import PLAIN, base_dtype, load_model, save_checkpoint, resolve, starting_point
 from masks import causal
 from runs import parser, run_main, start
 from trainer import Task, add_training_arguments, train
@@ -38,7 +38,7 @@ class CoTSFT(Task):
         return {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out: Path):
-        replace_checkpoint(self.model, self.source, out / "model", PLAIN | {"thinking": self.thinking})
+        save_checkpoint(self.model, self.source, out / "model", PLAIN | {"thinking": self.thinking})
 
 
 def main():

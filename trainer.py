@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from data import RowShape, pack, row_shape, to_device
 from runs import (Stopper, UserError, at_least, file_hash, from_rank0, hold, open_run, read_json, read_tensors,
-                  share, write_json, write_tensors, write_text)
+                  write_json, write_tensors, write_text)
 
 
 class Task(nn.Module):
@@ -67,15 +67,15 @@ def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float,
     p.add_argument("--batch-size", type=at_least(1), default=128, help="examples per step, over all ranks")
     p.add_argument("--row-tokens", type=at_least(1), default=8192, help="tokens of a packed row, that is of a micro-batch")
     p.add_argument("--lr", type=at_least(0, float), default=lr, help="peak learning rate")
-    p.add_argument("--warmup", type=share, default=0.05, help="share of the steps, before the cosine to zero")
+    p.add_argument("--warmup", type=at_least(0, float, most=0.99), default=0.05, help="share of the steps, before the cosine to zero")
     p.add_argument("--weight-decay", type=at_least(0, float), default=0.01, help="AdamW's, on matrices")
     p.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm; 0: any")
     p.add_argument("--valid-every", type=at_least(1), help="steps between validations; default: a tenth of the run")
     p.add_argument("--save-every", type=at_least(1), default=200, help="steps between resumable states")
     p.add_argument("--keep", type=at_least(0), default=0, help="models to keep on the way, at even distances: OUT/step-N, each as good as a run")
     if lora_rank:
-        p.add_argument("--lora-rank", type=at_least(1), default=lora_rank, help="rank of new adapters; alpha is twice that")
-        p.add_argument("--lora-dropout", type=share, default=0.1, help="dropout before new adapters")
+        p.add_argument("--lora-rank", type=at_least(1), default=lora_rank, help=f"rank of new adapters; alpha is twice that; default: {lora_rank}")
+        p.add_argument("--lora-dropout", type=at_least(0, float, most=0.99), default=0.1, help="dropout before new adapters; default: 0.1")
         p.add_argument("--shard", action="store_true", help="less memory: every rank keeps a share of the frozen layers only")
     else:
         p.set_defaults(shard=False)
@@ -113,22 +113,25 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (steps - warm + 1)))
 
 
-def _save_state(path: Path, step: int, learned: dict, optimizer) -> None:
+def _save_state(path: Path, progress: dict, learned: dict, optimizer) -> None:
     tensors = {f"parameter/{n}": p for n, p in learned.items()}
     for n, p in learned.items():
         tensors |= {f"{key}/{n}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
-    write_tensors(path, tensors, {"step": str(step)})
+    write_tensors(path, tensors, {"progress": json.dumps(progress)})
 
 
-def _load_state(path: Path, learned: dict, optimizer) -> int:
+def _load_state(path: Path, learned: dict, optimizer) -> dict:
+    """The progress of a run whose state is saved at `path`, or of one that begins: what finished.json will say."""
+    if not path.exists():
+        return {"steps": 0, "loss": None, "valid": None, "seconds": 0.0}
     tensors, metadata = read_tensors(path)
-    step = int(metadata["step"])
+    progress = json.loads(metadata["progress"])
     for n, p in learned.items():
         p.data.copy_(tensors[f"parameter/{n}"])
         moments = {key: tensors[f"{key}/{n}"].to(p) for key in ("exp_avg", "exp_avg_sq")}
         fused = optimizer.defaults["fused"]  # the fused kernel counts its steps on the GPU
-        optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device if fused else "cpu")} | moments
-    return step
+        optimizer.state[p] = {"step": torch.tensor(float(progress["steps"]), device=p.device if fused else "cpu")} | moments
+    return progress
 
 
 def _reduced(values: dict[str, float], device) -> dict[str, float]:
@@ -223,17 +226,19 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
                                   betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=device.type == "cuda")
     gradients = flat_gradients(list(learned.values()))
-    first = _load_state(out / "resume.safetensors", learned, optimizer) if (out / "resume.safetensors").exists() else 0
+    progress = _load_state(out / "resume.safetensors", learned, optimizer)
+    first, begin = progress["steps"], time.time() - progress["seconds"]
     if rank == 0:
         _truncate_metrics(out / "metrics.jsonl", first)
         learning, total = (sum(p.numel() for p in ps) for ps in (learned.values(), task.parameters()))
         print(f"{args.command}: {learning:,} of {total:,} parameters learn from {args.data} ({len(examples)} examples), "
               f"{steps} steps of {args.batch_size} on {world} x {device}" + (f", going on at step {first}" if first else ""))
 
-    def save(step):
+    def save():
         if rank == 0:
             task.save(out)
-            _save_state(out / "resume.safetensors", step, learned, optimizer)
+            progress["seconds"] = time.time() - begin
+            _save_state(out / "resume.safetensors", progress, learned, optimizer)
 
     keeping = {steps * i // (args.keep + 1) for i in range(1, args.keep + 1)}
 
@@ -247,7 +252,6 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
 
     metrics = open(out / "metrics.jsonl", "a", encoding="utf-8") if rank == 0 else None
     record = (lambda **values: print(json.dumps(values), file=metrics, flush=True)) if rank == 0 else (lambda **_: None)
-    begin, loss, last_valid = time.time(), None, None
     bar = tqdm(total=steps, initial=first, disable=rank > 0, desc=out.name, mininterval=1, dynamic_ncols=True)
 
     def load(step):
@@ -281,6 +285,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             stop = totals.pop("stop") > 0
             means = {k: v / counts[k] for k, v in totals.items()}
             loss = sum(task.weights[k] * v for k, v in means.items())
+            progress |= {"steps": step + 1, "loss": loss}
             norm = float(grad_norm)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise UserError(f"{out}: at step {step + 1} the loss is {loss:.4g} and the norm of its gradient {norm:.4g}; nothing of "
@@ -291,27 +296,26 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
             bar.update()
             if valid and ((step + 1) % valid_every == 0 or step + 1 == steps):
-                last_valid = evaluate(task, valid, args.row_tokens, shape, rank, world, device)
-                record(step=step + 1, **{f"valid_{k}": v for k, v in last_valid.items()})
+                progress["valid"] = evaluate(task, valid, args.row_tokens, shape, rank, world, device)
+                record(step=step + 1, **{f"valid_{k}": v for k, v in progress["valid"].items()})
             if step + 1 in keeping:
                 keep(step + 1)
             if stop or (step + 1) % args.save_every == 0 or step + 1 == steps:
-                save(step + 1)
+                save()
             if stop and step + 1 < steps:
                 bar.close()
                 if rank == 0:
                     print(f"{out}: stopped after step {step + 1} of {steps}; the same command goes on from there")
                 raise KeyboardInterrupt
-    if world > 1:
-        dist.barrier()  # nobody still looks for the state that is about to go
-    if rank == 0:
-        metrics.close()
-        seconds = time.time() - begin
-        write_json(out / "finished.json", {"steps": steps, "loss": loss, "valid": last_valid, "seconds": seconds})
-        (out / "resume.safetensors").unlink(missing_ok=True)
-        reached = "" if loss is None else f"loss {loss:.4f}, "
-        print(f"{out}: {reached}" + (f"validation {last_valid['loss']:.4f}, " if last_valid else "")
-              + f"{steps} steps, {seconds:.0f} s")
+        bar.close()
+        if world > 1:
+            dist.barrier()  # nobody still looks for the state that is about to go
+        if rank == 0:
+            metrics.close()
+            write_json(out / "finished.json", progress)
+            (out / "resume.safetensors").unlink()
+            print(f"{out}: loss {progress['loss']:.4f}, " + (f"validation {progress['valid']['loss']:.4f}, " if valid else "")
+                  + f"{steps} steps, {progress['seconds']:.0f} s")
 
 
 def _truncate_metrics(path: Path, step: int) -> None:

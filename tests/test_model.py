@@ -156,16 +156,3 @@ def test_initialize_is_seeded_and_leaves_nothing_as_it_was():
     a, b, c = (load_hf_weights.Model(config).initialize(torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(a.embed_tokens.weight, b.embed_tokens.weight) and not torch.equal(a.embed_tokens.weight, c.embed_tokens.weight)
     assert hf_model("llama", True).config.num_hidden_layers == 2
-
-
-def test_a_replacement_killed_between_its_renames(checkpoint, tmp_path, monkeypatch):
-    """The new checkpoint is whole but not yet in place; the next replacement, killed as well, leaves it in place."""
-    source, out = checkpoint(), tmp_path / "model"
-    model = load_checkpoint(source)
-    load_hf_weights.replace_checkpoint(model, source, tmp_path / "model.new", {"thinking": "text"})
-    def killed(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(load_hf_weights, "save_checkpoint", killed)
-    with pytest.raises(KeyboardInterrupt):
-        load_hf_weights.replace_checkpoint(model, source, out, {"thinking": "text"})
-    assert all(torch.equal(a, b) for a, b in zip(load_checkpoint(out).parameters(), model.parameters()))

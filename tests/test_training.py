@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -205,13 +206,17 @@ def test_each_phase1_step_trains_what_it_says(checkpoint, examples):
         assert ("encoder.latent_query" in gradients) == ("encoder" in names)
 
 
-def test_frozen_adapter_has_no_dropout(checkpoint, examples):
-    task = phase1_task(checkpoint(), learns=("decoder",))
-    for _, linear in lora._carriers(task.model):
-        linear.adapters["encoder"].dropout = 0.5
-    task.train()
-    row = task.row(examples)
-    assert torch.equal(task(row)["ce"], task(row)["ce"])
+def test_frozen_adapter_has_no_dropout(command, checkpoint, data, tmp_path, monkeypatch):
+    tasks, last = [], []
+    monkeypatch.setattr(train_phase1, "train", lambda task, *rest: tasks.append(task) or trainer.train(task, *rest))
+    for step in train_phase1.LEARNS:
+        out = tmp_path / step
+        origin = ["--init", last[-1]] if last else ["--model", checkpoint()]
+        assert command(train_phase1.main, "--step", step, *origin, "--data", data, "--out", out, "--max-steps", 1, "--lora-dropout", 0.5)[0] == 0
+        last.append(out)
+    found = [{name: {linear.adapters[name].dropout for _, linear in lora._carriers(task.model)} for name in ("encoder", "decoder")}
+             for task in tasks]
+    assert found == [{"encoder": {0.5}, "decoder": {0.0}}, {"encoder": {0.0}, "decoder": {0.5}}, {"encoder": {0.5}, "decoder": {0.5}}]
 
 
 def test_noise_acts_in_training_only(checkpoint, examples):
@@ -315,7 +320,8 @@ def test_stop_and_resume(command, checkpoint, data, tmp_path, monkeypatch):
         assert all(torch.equal(a[n], b[n]) for n in a)
         assert finished_run(tmp_path / "whole" / model, "train_phase1")["max_steps"] == 8
     assert not torch.equal(a["latent_query"], trainer.read_tensors(tmp_path / "whole" / "encoder.safetensors")[0]["latent_query"])
-    code, printed, _ = command(train_phase1.main, *phase1_arguments(checkpoint, data, tmp_path / "stopped", *arguments))
+    moved = shutil.copy(data, tmp_path / "moved.jsonl")  # where the same data lies does not matter
+    code, printed, _ = command(train_phase1.main, *phase1_arguments(checkpoint, moved, tmp_path / "stopped", *arguments))
     assert code == 0 and "finished already" in printed
 
 
@@ -348,7 +354,28 @@ def test_a_run_that_died_at_its_very_end(command, checkpoint, data, tmp_path, mo
     assert command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 2))[0] == 1
     monkeypatch.setattr(trainer, "write_json", real)
     assert command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 2))[0] == 0
-    assert (tmp_path / "run" / "finished.json").exists() and not (tmp_path / "run" / "resume.safetensors").exists()
+    finished = json.loads((tmp_path / "run" / "finished.json").read_text())
+    assert finished["steps"] == 2 and finished["loss"] == losses(tmp_path / "run")[-1][1] and finished["seconds"] > 0
+    assert not (tmp_path / "run" / "resume.safetensors").exists()
+
+
+def test_killed_while_it_wrote_its_model(checkpoint, data, tmp_path):
+    """kill -9 in the midst of a checkpoint's files: the one before is whole, and the same command goes on from there."""
+    script = textwrap.dedent(f"""
+        import os, sys; sys.path.insert(0, {str(ROOT)!r})
+        import load_hf_weights, train_sft
+        real = load_hf_weights.save_file
+        def killer(tensors, path, metadata):
+            real(tensors, path, metadata)
+            if (path.parents[1] / "model").exists(): os.kill(os.getpid(), 9)
+        if sys.argv.pop(1) == "kill": load_hf_weights.save_file = killer
+        train_sft.run_main(train_sft.main)""")
+    run, go = tmp_path / "run", lambda how, out: subprocess.run(
+        [sys.executable, "-c", script, how, *map(str, sft(checkpoint, data, out, "--max-steps", 3, "--save-every", 2))], capture_output=True)
+    assert go("kill", run).returncode == -9 and len(list(run.glob(".model.*"))) == 1
+    load_checkpoint(run / "model")
+    assert go("go", run).returncode == 0 and not list(run.glob(".model.*"))
+    assert go("go", tmp_path / "whole").returncode == 0 and losses(run) == losses(tmp_path / "whole")
 
 
 def test_learning_rate_and_order():

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 import torch
 
 from data import Example, read_jsonl
-from figures import draw_latents, draw_masks
+from figures import draw_latents, draw_masks, table
 from load_hf_weights import hf_name, read_config
 from model import Model
 from runs import atomic, at_least, call, open_run, parser, read_json, run_main, write_json, write_text
@@ -80,8 +80,8 @@ def write_model(directory: Path, seed: int) -> None:
 
 
 def main():
-    p = parser(__doc__)
-    p.set_defaults(device="cpu")  # the model is small, and its settings were chosen for float32
+    p = parser(__doc__, device=False)
+    p.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")  # the model is small, its settings were chosen for float32
     p.add_argument("--out", default="demo", help="directory of everything that is made")
     p.add_argument("--rates", type=at_least(1), nargs="+", default=[2], help="compression rates to train")
     args = p.parse_args()
@@ -124,20 +124,11 @@ def main():
         rows[f"Latent r={r}, its latents replaced by random ones"] = evaluate(f"latent-r{r}", latent, "random")
 
     draw(out, args.rates[0])
-    table = table_of(rows)
-    write_text(out / "table.md", table)
-    print(f"\n[{time.time() - begin:4.0f} s] {out}/masks.svg, {out}/latents.svg, {out}/table.md:\n\n{table}", end="")
-
-
-def table_of(rows: dict[str, dict]) -> str:
-    """A Markdown table of evaluation summaries."""
-    lines = ["| | accuracy (95% interval) | chain length | of CoT's | seconds per problem |",
-             "| --- | --- | --- | --- | --- |"]
-    for name, s in rows.items():
-        share = s["chain_length"] / rows["CoT-SFT"]["chain_length"]
-        lines.append(f"| {name} | {s['accuracy']:.1f}% ± {s['interval']:.1f} | {s['chain_length']:.1f} | {share:.2f} "
-                     f"| {s['seconds_per_problem']:.4f} |")
-    return "\n".join(lines) + "\n"
+    cells = [[name, f"{s['accuracy']:.1f}% ± {s['interval']:.1f}", f"{s['chain_length']:.1f}",
+              f"{s['chain_length'] / rows['CoT-SFT']['chain_length']:.2f}", f"{s['seconds_per_problem']:.4f}"] for name, s in rows.items()]
+    text = table(["", "accuracy (95% interval)", "chain length", "of CoT's", "seconds per problem"], cells)
+    write_text(out / "table.md", text)
+    print(f"\n[{time.time() - begin:4.0f} s] {out}/masks.svg, {out}/latents.svg, {out}/table.md:\n\n{text}", end="")
 
 
 def draw(out: Path, r: int) -> None:

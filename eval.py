@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from cache_latents import encode
 from data import Example, encode_chain, read_jsonl, segments, text_field, written_chain
+from figures import table
 from grade import Grader, boxed
 from latents import HIDDEN, entropy
 from load_hf_weights import base_dtype, fingerprint, load_model
@@ -73,7 +74,7 @@ def settings_of(name: str, settings: Sampling) -> Sampling:
     if name.startswith("top-"):
         return replace(settings, top_k=int(name[4:]))
     changes = {"free": {}, "forced": {"forced": True}, "floor": {"forced": True, "thinking": "none"}, "other": {"latents": "given"},
-               "written": {"latents": "given"}}
+               "written": {"latents": "given"}, "argmax": {"top_k": 1}}
     return replace(settings, **changes.get(name, {"latents": name}))
 
 
@@ -106,6 +107,7 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
     if latents:
         written = segments(problem.chain, tokenizer, r) if problem.chain else []
         line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written) for k in (5, 10) if k <= result.ids.shape[1]}
+        line["segments"] = len(written)
     return line
 
 
@@ -116,7 +118,7 @@ def pass_at(k: int, samples: int, right: int) -> float:
 
 def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
     """Accuracy in percent with a 95% normal interval over problems, pass@k, #L (chain_length), answer tokens, the entropy
-    (in nats) of latents, ECR@K where there are chains, and seconds per sample.
+    (in nats) and, where there are chains, ECR@K of all latents, and seconds per sample.
 
     `predictions`: those of the first problem, then those of the second, ...
     """
@@ -124,13 +126,15 @@ def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
     right = [sum(p["correct"] for p in predictions[i * samples:(i + 1) * samples]) for i in range(n)]
     accuracy = sum(right) / samples / n
     variance = sum((c / samples - accuracy) ** 2 for c in right) / n
-    mean = lambda key, lines=predictions: sum(p[key] for p in lines) / len(lines)
+    mean = lambda key: sum(p[key] for p in predictions) / len(predictions)
     summary = {"accuracy": 100 * accuracy, "interval": 196 * (variance / n) ** 0.5, "count": n, "samples": samples}
     summary |= {f"pass@{k}": 100 * sum(pass_at(k, samples, c) for c in right) / n
                 for k in sorted({*(2**i for i in range(1, samples.bit_length())), samples} - {1})}
-    for key in ("entropy", "ecr@5", "ecr@10"):
-        if known := [p for p in predictions if p.get(key) is not None]:
-            summary[key] = mean(key, known)
+    for key in ("entropy", "ecr@5", "ecr@10"):  # a prediction has the mean over its own
+        known = [p for p in predictions if p.get(key) is not None]
+        counts = [p["chain_length"] if key == "entropy" else min(p["chain_length"], p["segments"]) for p in known]
+        if known:
+            summary[key] = sum(n * p[key] for n, p in zip(counts, known)) / sum(counts)
     return summary | {"chain_length": mean("chain_length"), "answer_tokens": mean("answer_tokens"),
                       "finished": 100 * mean("finished"), "seconds": seconds, "seconds_per_problem": seconds / len(predictions)}
 
@@ -280,7 +284,8 @@ def main():
     for which in args.arms:
         if settings_of(which, settings).thinking != "latent" and which not in ("free", "floor"):
             raise UserError(f"--arms {which}: is for thinking in latents, and this model's thinking is {settings.thinking}")
-        if which.startswith("top-") and (settings.top_k == HIDDEN or int(which[4:]) > model.config.vocab_size):
+        kept = settings_of(which, settings).top_k
+        if kept != settings.top_k and (settings.top_k == HIDDEN or kept > model.config.vocab_size):
             raise UserError(f"--arms {which}: is for superpositions of at most the {model.config.vocab_size} tokens there are")
         if which == "written":
             if not all(p.chain and "".join(p.chain).strip() for problems in problems_of.values() for p in problems):
@@ -318,23 +323,15 @@ def main():
             path = path_of(name, which)
             s = evaluate(model, tokenizer, problems, args, settings, which, reasons["compression"], path,
                          of_all | {"file": files[name]}, rank, world)
-            rows.append((name, which, s))
+            rows.append([name, which, f"{s['accuracy']:.1f}% ± {s['interval']:.1f}", f"{s['chain_length']:.1f}", f"{s['answer_tokens']:.1f}",
+                         f"{s['seconds_per_problem']:.4f}"])
             if rank == 0:
                 more = "".join(f", {k} {v:.1f}" for k, v in s.items() if k.startswith("pass@"))
                 print(f"{path.name}: accuracy {s['accuracy']:.1f} ± {s['interval']:.1f}%{more}, #L {s['chain_length']:.1f}, answer "
                       f"tokens {s['answer_tokens']:.1f}, {s['seconds_per_problem']:.4f} s a sample; {path}.json")
     if rank == 0 and len(rows) > 1:
-        write_text(out / "table.md", table := table_of(rows))
-        print(f"\n{table}\n{out}/table.md")
-
-
-def table_of(rows: list[tuple[str, str, dict]]) -> str:
-    """A Markdown table of (file, arm, summary)."""
-    lines = ["| file | arm | accuracy (95% interval) | #L | answer tokens | seconds per sample |", "| --- | --- | --- | --- | --- | --- |"]
-    for name, which, s in rows:
-        lines.append(f"| {name} | {which} | {s['accuracy']:.1f}% ± {s['interval']:.1f} | {s['chain_length']:.1f} | "
-                     f"{s['answer_tokens']:.1f} | {s['seconds_per_problem']:.4f} |")
-    return "\n".join(lines) + "\n"
+        write_text(out / "table.md", text := table(["file", "arm", "accuracy (95% interval)", "#L", "answer tokens", "seconds per sample"], rows))
+        print(f"\n{text}\n{out}/table.md")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Pictures as SVG: both masks for one example, the latents of one problem beside its written chain, and points with intervals."""
+"""Pictures as SVG: both masks for one example, the latents of one problem beside its written chain, and points with intervals; and tables."""
 
 from html import escape
 from pathlib import Path
@@ -9,6 +9,11 @@ from runs import write_text
 
 COLORS = {PROMPT: "#8ab4d8", TEXT: "#c9ccd1", LATENT: "#f2a541", ANSWER: "#7fbf7b"}
 CELL = 22
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    """In Markdown."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
 
 
 def _svg(width: float, height: float, parts: list[str]) -> str:

@@ -14,7 +14,6 @@ MAIN variants and one seed, as far as the speed of each stage tells. Writes OUT/
 import argparse
 from contextlib import suppress
 from dataclasses import dataclass
-import fcntl
 from functools import partial
 import gzip
 import json
@@ -30,9 +29,9 @@ import torch
 
 from analyze import load_solutions
 from data import read_jsonl
-from figures import draw_points
+from figures import draw_points, table
 from load_hf_weights import read_config
-from runs import UserError, at_least, call, file_hash, open_run, parser, read_json, run_main, write_json, write_text
+from runs import UserError, at_least, call, file_hash, locked, open_run, parser, read_json, run_main, write_json, write_text
 
 TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
 EPOCHS = {"sft": 4.0, "encoder": 0.35, "decoder": 0.15, "joint": 1.0, "phase2": 12.0}  # in 60 minutes
@@ -133,8 +132,7 @@ def stage(script: str, flags: str, out: Path, *done: str, **paths) -> None:
     """Calls a script that makes the directory `out`, unless the files `done` in it are there. A second reproduce.py that wants the same
     waits until it is made."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    with open(out.parent / f".{out.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with locked(out.parent / f".{out.name}.lock") as lock:
         if not all((out / name).exists() for name in done):
             call(script, flags, lock, out=out, **paths)
 
@@ -325,41 +323,35 @@ def report(found: dict, out: Path) -> None:
     """table.md, length.svg and time.svg from results.json."""
     if not found["runs"]:
         raise UserError(f"{out}: nothing has been measured yet; train a variant first")
-    tests = [t for t in TESTS if any(t in s for seeds in found["runs"].values() for s in seeds.values())]
-    lines = [f"{found['model']}, " + ("SMOKE: two steps of everything" if found["smoke"] else f"a budget of {found['minutes']:g} minutes") + "\n",
-             "| | seed | " + " | ".join(f"{t} %" for t in tests) + " | #L, gsm8k-test | ms per problem | phase 1 on valid % "
-             "| student, its latents | on |",
-             "| --- | --- |" + " --- |" * (len(tests) + 5)]
-    points = []
-    for name, seeds in found["runs"].items():
-        for seed, s in seeds.items():
-            test = s["gsm8k-test"]
-            cells = [f"{s[t]['accuracy']:.1f} ± {s[t]['interval']:.1f}" if t in s else "" for t in tests]
-            ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("phase1.valid.written", "student.valid.written")]
-            alone = s.get("alone.gsm8k-test")
-            seconds = (alone or test)["seconds_per_problem"]
-            lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + f" | {test['chain_length']:.1f} | "
-                         f"{1000 * seconds:.2f}{' alone' * bool(alone)} | " + " | ".join(ceilings) + f" | {s['made']['device']} |")
-            points.append((name, test | {"seconds_per_problem": seconds}))
-    arms = [(name, seed, key.split(".", 1)[1], s[key]) for name, seeds in found["runs"].items() for seed, s in seeds.items()
-            for key in s if key.startswith("gsm8k-test.")]
+    runs = [(name, seed.removeprefix("seed"), s) for name, seeds in found["runs"].items() for seed, s in seeds.items()]
+    tests = [t for t in TESTS if any(t in s for *_, s in runs)]
+    share = lambda s: f"{s['accuracy']:.1f} ± {s['interval']:.1f}"
+    rows, arms, held, points = [], [], [], []
+    for name, seed, s in runs:
+        test, alone, made = s["gsm8k-test"], s.get("alone.gsm8k-test"), s["made"]
+        seconds = (alone or test)["seconds_per_problem"]
+        points.append((name, test | {"seconds_per_problem": seconds}))
+        ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("phase1.valid.written", "student.valid.written")]
+        rows.append([name, seed, *(share(s[t]) if t in s else "" for t in tests), f"{test['chain_length']:.1f}",
+                     f"{1000 * seconds:.2f}{' alone' * bool(alone)}", *ceilings, made["device"]])
+        arms += [[name, seed, key.split(".", 1)[1], share(x), f"{x['chain_length']:.1f}", f"{x['answer_tokens']:.1f}"]
+                 for key, x in s.items() if key.startswith("gsm8k-test.")]
+        if "ecr@5" in (own := s.get("gsm8k-valid", {})):
+            paths = s.get("n_eff", {})
+            held.append([name, seed, *(f"{own[key]:.2f}" if key in own else "" for key in ("ecr@5", "ecr@10", "entropy")),
+                         *(f"{paths[key]:.3f}" if key in paths else "" for key in ("n_eff", "random")), str(paths.get("problems", ""))])
+    parts = [f"{found['model']}, " + ("SMOKE: two steps of everything" if found["smoke"] else f"a budget of {found['minutes']:g} minutes") + "\n",
+             table(["", "seed", *(f"{t} %" for t in tests), "#L, gsm8k-test", "ms per problem", "phase 1 on valid %",
+                    "student, its latents", "on"], rows)]
     if arms:
-        lines += ["", "| gsm8k-test | seed | arm | accuracy % | #L | answer tokens |", "| --- | --- | --- | --- | --- | --- |"]
-        lines += [f"| {name} | {seed.removeprefix('seed')} | {arm} | {s['accuracy']:.1f} ± {s['interval']:.1f} | {s['chain_length']:.1f} | "
-                  f"{s['answer_tokens']:.1f} |" for name, seed, arm, s in arms]
-    held = [(name, seed, s) for name, seeds in found["runs"].items() for seed, s in seeds.items() if "ecr@5" in s.get("gsm8k-valid", {})]
+        parts.append(table(["gsm8k-test", "seed", "arm", "accuracy %", "#L", "answer tokens"], arms))
     if held:
-        lines += ["", "| latents, gsm8k-valid | seed | ECR@5 | ECR@10 | entropy, nats | N_eff | random | problems |", "| --- |" + " --- |" * 7]
-    for name, seed, s in held:
-        own = s["gsm8k-valid"]
-        cells = [f"{own[key]:.2f}" if key in own else "" for key in ("ecr@5", "ecr@10", "entropy")]
-        cells += [f"{s['n_eff'][key]:.3f}" if key in s.get("n_eff", ()) else "" for key in ("n_eff", "random")] + [str(s.get("n_eff", {}).get("problems", ""))]
-        lines.append(f"| {name} | {seed.removeprefix('seed')} | " + " | ".join(cells) + " |")
-    write_text(out / "table.md", table := "\n".join(lines) + "\n")
+        parts.append(table(["latents, gsm8k-valid", "seed", "ECR@5", "ECR@10", "entropy, nats", "N_eff", "random", "problems"], held))
+    write_text(out / "table.md", text := "\n".join(parts))
     for file, key, scale, label in (("length.svg", "chain_length", 1, "chain length, tokens or latents"),
                                     ("time.svg", "seconds_per_problem", 1000, "milliseconds per problem")):
         draw_points(out / file, [(name, scale * s[key], s["accuracy"], s["interval"]) for name, s in points], label, "accuracy on gsm8k-test, %")
-    print(f"\n{table}\n{out}/results.json, {out}/table.md, {out}/length.svg, {out}/time.svg")
+    print(f"\n{text}\n{out}/results.json, {out}/table.md, {out}/length.svg, {out}/time.svg")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ class Sampling:
     thinking: "latent", or "text" (the chain is written, as part of the answer), or "none" (</think> at once).
     top_k: tokens in a superposition, 0 for the full vocabulary, latents.HIDDEN to think in hidden states. temperature 0 is
     greedy. noise, noise_temperature: those of latents.perturb while thinking; 0: none. `latents`: "own", or what is fed in the
-    place of every latent's own: "random" tokens with the same probabilities, its "argmax" alone, or those that are "given" to
-    `generate`, all of them and no others.
+    place of every latent's own: "random" tokens with the same probabilities, or those that are "given" to `generate`, all of them and
+    no others.
     forced: the answer begins with OPENING, which is not in the result. Raises UserError where that does not go together.
     """
     thinking: str = "latent"
@@ -51,7 +51,7 @@ class Sampling:
     seed: int = 1
 
     def __post_init__(self):
-        if self.top_k <= 0 and (self.noise or self.latents in ("random", "given")) or self.top_k < 0 and self.latents == "argmax":
+        if self.top_k <= 0 and (self.noise or self.latents in ("random", "given")):
             what = "noise" if self.noise else f"{self.latents} latents"
             raise UserError(f"{what}: for superpositions of the top k tokens; choose another --top-k than {self.top_k}")
 
@@ -263,8 +263,6 @@ class Sampler:
             probs = torch.where(ends[:, None], probs, noisy)  # </think> is never thought
         if s.latents == "random":
             ids = self.other_ids[at]
-        elif s.latents == "argmax":
-            probs = torch.zeros_like(probs).scatter(-1, probs.argmax(-1, keepdim=True), 1.0)
         return probs, ids
 
     def _results(self, rows: list[int]) -> list[Result]:

@@ -64,6 +64,14 @@ def test_accuracy_counts_right_answers():
     assert s["accuracy"] == 75 and s["chain_length"] == 1.5 and s["seconds_per_problem"] == 2 and s["interval"] == pytest.approx(42.4, abs=0.1)
 
 
+def test_means_over_latents():
+    """Entropy and ECR@K are means over all latents (DESIGN.md), not over problems; ECR@K over those that have a written segment."""
+    line = lambda n, entropy, ecr, segments: {"correct": True, "chain_length": n, "answer_tokens": 2, "finished": True, "segments": segments,
+                                              "ecr@5": ecr} | ({"entropy": entropy} if n else {})
+    s = evaluation.summarize([line(3, 1.0, 2.0, 1), line(1, 0.5, 1.0, 3), line(0, None, None, 4), line(2, 2.0, None, 0)], 1, 8.0)
+    assert s["entropy"] == pytest.approx((3 * 1.0 + 0.5 + 2 * 2.0) / 6) and s["ecr@5"] == pytest.approx(1.5)
+
+
 def test_ranks_share_the_problems(command, checkpoint, data, tmp_path):
     """Two ranks write the file that one writes: nothing lost, doubled or out of order, sampled answers included."""
     from test_training import torchrun
@@ -153,9 +161,9 @@ def test_arms(command, checkpoint, data, tmp_path):
     assert all(p["answer"].startswith("\\boxed{") for arm in ("forced", "floor") for p in lines[arm]) and not any(tokens("floor"))
     assert tokens("forced") == free and tokens("other") == free[1:] + free[:1]
     assert tokens("cut-2") == [x[:2] for x in free]
-    assert all(x[0] == y[0] for x, y in zip(tokens("argmax"), free) if y) and tokens("argmax") != free
-    assert all(p[0][1] == 1 for line in lines["argmax"] for p in line["latents"])
-    assert tokens("top-1") == [[latent[:1] for latent in p] for p in tokens("argmax")]
+    assert all(x[0] == y[0][:1] for x, y in zip(tokens("argmax"), free) if y) and tokens("argmax") != [[x[:1] for x in p] for p in free]
+    assert all([w for _, w in latent] == [1] for line in lines["argmax"] for latent in line["latents"])
+    assert tokens("top-1") == tokens("argmax")
     assert all(len(latent) == 2 for p in lines["top-2"] for latent in p["latents"])
     assert tokens("random") != free
     assert all(f"| train | {arm} |" in printed for arm in arms) and (tmp_path / "table.md").read_text().count("\n| train |") == len(arms)

@@ -155,13 +155,6 @@ def test_given_latents(pair):
     assert all(len(r.ids) == 3 * len(own[0].ids) for r in longer)
 
 
-def test_argmax_latents(pair):
-    model, _ = pair
-    batch = prompts(4, seed=5)
-    for r in Sampler(model, [9], 262, Sampling("latent", 3, 5, 4, temperature=0, latents="argmax"), 4).generate(batch):
-        assert (r.probs == torch.tensor([1.0, 0.0, 0.0])).all()
-
-
 def test_many_prompts(checkpoint):
     """10,000 prompts of random length on 512 rows, looked at every 3 steps as on a GPU: every result is its own prompt's."""
     model = load_checkpoint(checkpoint("llama", True))

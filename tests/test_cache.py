@@ -1,7 +1,6 @@
 """The latent cache: what phase 1 computes is what is stored, and phase 2 refuses what does not fit."""
 
 import json
-import shutil
 
 import pytest
 import torch

@@ -4,6 +4,7 @@ import argparse
 from contextlib import contextmanager, suppress
 import fcntl
 from functools import cache
+import gc
 import hashlib
 import json
 import os
@@ -290,6 +291,7 @@ def call(script: str, settings: str, lock=None, **paths) -> None:
 
 def run_main(main) -> None:
     """Calls main(); a UserError becomes one line on stderr and exit code 1."""
+    gc.set_threshold(100_000)  # examples are lists by the million, which the default walks over again and again while they are read
     code = 0
     try:
         main()

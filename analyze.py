@@ -1,6 +1,6 @@
 """What a latent chain holds: how many different written solutions it follows at once (N_eff), and a picture of one.
 
-    python analyze.py --model runs/latent --data gsm8k-train.jsonl gsm8k-nl-train.jsonl --out results/n_eff
+    python analyze.py --model runs/latent --data gsm8k-train.jsonl gsm8k-nl-train.jsonl --out runs/n_eff
 
 Takes the problems for which the files (training lines) have two different chains or more, lets the model think about each, and
 compares its latents with those that the encoder of its phase 1 makes of the chains. Writes OUT/n_eff.jsonl, one line a

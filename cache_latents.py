@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from data import Example, RowShape, load_examples, num_latents, num_tokens, pack, pack_row, row_shape, to_device
 from load_hf_weights import base_dtype, fingerprint, load_model, resolve
-from runs import (UserError, at_least, file_hash, finished_run, from_rank0, open_run, parser, read_json, read_tensors,
+from runs import (UserError, at_least, file_hash, finished_run, from_rank0, hold, open_run, parser, read_json, read_tensors,
                   run_main, start, write_json, write_tensors)
 from train_phase1 import Encoder, load_encoder
 
@@ -60,8 +60,8 @@ def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
     found = read_json(directory / "cache.json")
     for key, value in expected.items():
         if found.get(key) != value:
-            raise UserError(f"{directory}: this cache does not fit: {key} is {found.get(key)} in the cache and {value} here; make the cache "
-                            "again from this phase 1 run and this data")
+            raise UserError(f"{directory}: this cache does not fit: {key} is {found.get(key)} in the cache and {value} here; make a cache "
+                            "of this phase 1 run and this data")
     cached = []
     for path in sorted(directory.glob("shard-*.safetensors")):
         tensors, _ = read_tensors(path)
@@ -70,7 +70,7 @@ def read_cache(directory: str | Path, expected: dict) -> list[tuple]:
         cached += zip(tensors["probs"].split(sizes), ids)
     if len(cached) != found["count"]:
         raise UserError(f"{directory}: {len(cached)} examples in the shards instead of {found['count']}; "
-                        "make the cache again")
+                        "delete the cache and make it again")
     return cached
 
 
@@ -100,19 +100,20 @@ def main():
         shape = row_shape([num_tokens("encoder", e, r) for e in examples], min(SHARD, len(examples)), args.row_tokens)
         model.graphs = {}
     shards = range(0, len(examples), SHARD)
-    for number in tqdm(range(rank, len(shards), world), desc=out.name, disable=rank > 0):
-        path = out / f"shard-{number:05d}.safetensors"
-        if path.exists():
-            continue
-        probs, ids = zip(*encode(encoder, examples[shards[number]:shards[number] + SHARD], r, k, args.row_tokens, device, shape))
-        offsets = torch.tensor([0] + [len(x) for x in probs]).cumsum(0)
-        tensors = {"probs": torch.cat(probs), "offsets": offsets}
-        write_tensors(path, tensors if k <= 0 else tensors | {"ids": torch.cat(ids)})
-    if dist.is_initialized():
-        dist.barrier()
-    if rank == 0:
-        write_json(out / "cache.json", made_from)
-        print(f"{out}: {sum(num_latents(e, r) for e in examples)} latents of {len(examples)} examples")
+    with hold(out):
+        for number in tqdm(range(rank, len(shards), world), desc=out.name, disable=rank > 0):
+            path = out / f"shard-{number:05d}.safetensors"
+            if path.exists():
+                continue
+            probs, ids = zip(*encode(encoder, examples[shards[number]:shards[number] + SHARD], r, k, args.row_tokens, device, shape))
+            offsets = torch.tensor([0] + [len(x) for x in probs]).cumsum(0)
+            tensors = {"probs": torch.cat(probs), "offsets": offsets}
+            write_tensors(path, tensors if k <= 0 else tensors | {"ids": torch.cat(ids)})
+        if dist.is_initialized():
+            dist.barrier()
+        if rank == 0:
+            write_json(out / "cache.json", made_from)
+            print(f"{out}: {sum(num_latents(e, r) for e in examples)} latents of {len(examples)} examples")
 
 
 if __name__ == "__main__":

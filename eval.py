@@ -1,8 +1,8 @@
 """Benchmark files to accuracy, chain length and speed; and what the latents are good for.
 
-    python eval.py --model runs/latent --data gsm8k-test.jsonl svamp-test.jsonl --out results
-    python eval.py --model runs/latent --data aime-2024-test.jsonl --out results/aime --samples 16
-    python eval.py --model runs/latent --data gsm8k-test.jsonl --out results/arms --arms free forced floor random other argmax cut-4
+    python eval.py --model runs/latent --data gsm8k-test.jsonl svamp-test.jsonl --out runs/eval
+    python eval.py --model runs/latent --data aime-2024-test.jsonl --out runs/aime --samples 16
+    python eval.py --model runs/latent --data gsm8k-test.jsonl --out runs/arms --arms free forced floor random other argmax cut-4
 
 Reads {"problem", "answer"} lines (or training lines, whose answer is the box in `cot_answer`). Writes
 OUT/<file>.predictions.jsonl, one line a sample, and OUT/<file>.json, the summary; for an arm other than free, <file>.<arm>. Under
@@ -15,6 +15,7 @@ many), written (those that the encoder of phase 1 makes of the file's chain; the
 best that it can do).
 """
 
+import argparse
 from dataclasses import dataclass, replace
 import json
 import math
@@ -32,7 +33,7 @@ from figures import table
 from grade import Grader, boxed
 from latents import HIDDEN, entropy
 from load_hf_weights import base_dtype, fingerprint, load_model
-from runs import UserError, at_least, file_hash, finished_run, from_rank0, is_free, parser, read_json, run_main, start, write_json, write_text
+from runs import UserError, at_least, file_hash, finished_run, from_rank0, hold, is_free, parser, read_json, run_main, start, write_json, write_text
 from sample import OPENING, Result, Sampling, add_sampling_arguments, sampler, sampling
 from tokenizer import Tokenizer
 from train_phase1 import finished_encoder
@@ -53,7 +54,7 @@ def load_problems(path: str) -> list[Problem]:
         problem = text_field(row, "problem", path)
         if "answer" in row or "cot_answer" not in row:
             number = row.get("answer")
-            answer = str(number) if type(number) in (int, float) else text_field(row, "answer", path)  # true is no number
+            answer = str(number) if type(number) in (int, float) and number == number else text_field(row, "answer", path)  # true and NaN are none
         elif (answer := boxed(text_field(row, "cot_answer", path))) is None:
             raise UserError(f"{path}, line {row['_line']}: the field \"cot_answer\" holds no \\boxed{{...}}")
         problems.append(Problem(problem, answer, written_chain(row, path) if row.get("cot") else None))
@@ -63,7 +64,7 @@ def load_problems(path: str) -> list[Problem]:
 def arm(text: str) -> str:
     """An argparse type: one of ARMS, or cut-M, or top-M."""
     if text not in ARMS and not re.fullmatch(r"cut-\d+|top-[1-9]\d*", text):
-        raise ValueError
+        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(ARMS)}, cut-M, top-M")
     return text
 
 
@@ -286,7 +287,7 @@ def main():
             raise UserError(f"--arms {which}: is for thinking in latents, and this model's thinking is {settings.thinking}")
         kept = settings_of(which, settings).top_k
         if kept != settings.top_k and (settings.top_k == HIDDEN or kept > model.config.vocab_size):
-            raise UserError(f"--arms {which}: is for superpositions of at most the {model.config.vocab_size} tokens there are")
+            raise UserError(f"--arms {which}: is for superpositions, of at most the {model.config.vocab_size} tokens there are")
         if which == "written":
             if not all(p.chain and "".join(p.chain).strip() for problems in problems_of.values() for p in problems):
                 raise UserError("--arms written: a problem without a written chain; give files in the training schema")
@@ -318,17 +319,18 @@ def main():
         print(f"eval: {args.model} on {', '.join(f'{files[n]} ({len(ps)})' for n, ps in problems_of.items())}, "
               f"thinking {settings.thinking}, {args.samples} sample(s) of each, on {world} x {device}")
     of_all, rows = {k: v for k, v in made_with.items() if k != "files"}, []
-    for name, problems in problems_of.items():
-        for which in args.arms:
-            path = path_of(name, which)
-            s = evaluate(model, tokenizer, problems, args, settings, which, reasons["compression"], path,
-                         of_all | {"file": files[name]}, rank, world)
-            rows.append([name, which, f"{s['accuracy']:.1f}% ± {s['interval']:.1f}", f"{s['chain_length']:.1f}", f"{s['answer_tokens']:.1f}",
-                         f"{s['seconds_per_problem']:.4f}"])
-            if rank == 0:
-                more = "".join(f", {k} {v:.1f}" for k, v in s.items() if k.startswith("pass@"))
-                print(f"{path.name}: accuracy {s['accuracy']:.1f} ± {s['interval']:.1f}%{more}, #L {s['chain_length']:.1f}, answer "
-                      f"tokens {s['answer_tokens']:.1f}, {s['seconds_per_problem']:.4f} s a sample; {path}.json")
+    with hold(out):
+        for name, problems in problems_of.items():
+            for which in args.arms:
+                path = path_of(name, which)
+                s = evaluate(model, tokenizer, problems, args, settings, which, reasons["compression"], path,
+                             of_all | {"file": files[name]}, rank, world)
+                rows.append([name, which, f"{s['accuracy']:.1f}% ± {s['interval']:.1f}", f"{s['chain_length']:.1f}", f"{s['answer_tokens']:.1f}",
+                             f"{s['seconds_per_problem']:.4f}"])
+                if rank == 0:
+                    more = "".join(f", {k} {v:.1f}" for k, v in s.items() if k.startswith("pass@"))
+                    print(f"{path.name}: accuracy {s['accuracy']:.1f} ± {s['interval']:.1f}%{more}, #L {s['chain_length']:.1f}, answer "
+                          f"tokens {s['answer_tokens']:.1f}, {s['seconds_per_problem']:.4f} s a sample; {path}.json")
     if rank == 0 and len(rows) > 1:
         write_text(out / "table.md", text := table(["file", "arm", "accuracy (95% interval)", "#L", "answer tokens", "seconds per sample"], rows))
         print(f"\n{text}\n{out}/table.md")

@@ -13,12 +13,11 @@ from pathlib import Path
 import shutil
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 import torch
 
 import lora
 from model import Config, Model, rotary_frequencies
-from runs import UserError, file_hash, finished_run, is_free, parser, read_json, read_tensors, run_main, write_json
+from runs import UserError, file_hash, finished_run, is_free, parser, read_json, read_tensors, run_main, save_file, write_json
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
@@ -164,7 +163,7 @@ def fingerprint(path: str | Path, *more: str | Path) -> str:
 def save_checkpoint(model: Model, source: str | Path, out: str | Path, reasons: dict, dtype=None) -> None:
     """Writes `model` as the hub directory `out`, in place of what is there, with config and tokenizer files from the checkpoint `source`.
 
-    The directory appears whole or not at all. dtype None keeps the dtype of `source`.
+    `out` is whole or, for a moment before it is replaced, not there. dtype None keeps the dtype of `source`.
     """
     out, source = Path(out), Path(source)
     config = read_json(source / "config.json")

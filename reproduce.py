@@ -28,7 +28,8 @@ import time
 import torch
 
 from analyze import load_solutions
-from data import read_jsonl
+from data import read_jsonl, text_field
+from eval import load_problems
 from figures import draw_points, table
 from load_hf_weights import read_config
 from runs import UserError, at_least, call, file_hash, locked, open_run, parser, read_json, run_main, write_json, write_text
@@ -239,11 +240,16 @@ def main():
     report(read_json(out / "results.json"), out)
 
 
+def check_chains(path: Path) -> None:
+    for row in read_jsonl(path):
+        [text_field(row, key, path) for key in ("problem", "cot", "cot_answer")]
+
+
 def prepare(args, out: Path) -> None:
     """Makes `out` with its data, or checks that it belongs to the same model, data and budget."""
     source = Path(args.data)
     files = [source / "gsm8k-train.jsonl", *filter(Path.exists, [source / "gsm8k-sub-train.jsonl.gz"]), *(source / f"{t}.jsonl" for t in TESTS)]
-    for check, path in [(read_config, args.model), *((read_jsonl, file) for file in files)]:
+    for check, path in [(read_config, args.model), *((load_problems if file.stem in TESTS else check_chains, file) for file in files)]:
         check(path)  # says so if it is no good, before OUT belongs to it
     open_run(out, {"command": "reproduce", "model": str(Path(args.model).resolve()), "minutes": args.minutes, "smoke": args.smoke,
                    "data_hash": file_hash(*files), "epochs": EPOCHS, "settings": SETTINGS})

@@ -1,7 +1,7 @@
 """Run directories and the habits of all commands: settings, atomic files, errors in one sentence, devices and ranks."""
 
 import argparse
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 import fcntl
 from functools import cache
 import gc
@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+import safetensors.torch
 import torch
 import torch.distributed as dist
 
@@ -63,6 +63,14 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_json(path: str | Path, value) -> None:
     write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def save_file(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """safetensors' own, for all whom the umask lets read: that makes files for their owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    safetensors.torch.save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -158,8 +166,8 @@ def fused(function, x: torch.Tensor):
 
 # ---- run directories ----
 
-FREE = {"out", "device", "data", "valid", "cache", "save_every", "valid_every", "keep", "shard", "checkpoint_activations"}  # may differ when
-# a run goes on; of --data the hash may not, and a cache is compared with data and model
+# What may differ when a run goes on; the hash of --data may not, and a cache is compared with data and model.
+FREE = {"out", "device", "data", "valid", "cache", "save_every", "valid_every", "keep", "shard", "checkpoint_activations"}
 
 
 def is_free(out: Path) -> bool:
@@ -179,17 +187,21 @@ def locked(path: Path, wait: bool = True):
     return file
 
 
-def hold(out: Path):
-    """The run directory `out` as this process's own until the file that is returned is closed; UserError if another process has it.
+def hold(out: Path) -> ExitStack:
+    """The directory `out` as the own of this process, or of all ranks, until what is returned is closed; UserError if others have it.
 
     What a process left that was killed while it wrote is removed.
     """
-    try:
-        held = locked(out / ".lock", wait=False)
-    except BlockingIOError:
-        raise UserError(f"{out}: another process is at work on it; wait for that, or choose another --out") from None
-    for temporary in list(out.rglob(".*.tmp")):
-        shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+    held = ExitStack()  # of rank 0's lock
+
+    def take():
+        try:
+            held.enter_context(locked(out / ".lock", wait=False))
+        except BlockingIOError:
+            raise UserError(f"{out}: another process is at work on it; wait for that, or choose another --out") from None
+        for temporary in list(out.rglob(".*.tmp")):
+            shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+    from_rank0(take)
     return held
 
 
@@ -239,7 +251,7 @@ def parser(description: str, seed: bool = True, device: bool = True) -> argparse
     """A parser with the flags that commands share."""
     p = argparse.ArgumentParser(description=description, formatter_class=_Help)
     if seed:
-        p.add_argument("--seed", type=at_least(0), default=1, help="of every random choice")
+        p.add_argument("--seed", type=at_least(0, most=2**63 - 1), default=1, help="of every random choice")
     if device:
         p.add_argument("--device", help="cpu, cuda or cuda:N; default: cuda where there is one")
     return p

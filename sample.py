@@ -350,6 +350,8 @@ def main():
         except EOFError:
             print()
             return
+        except UnicodeDecodeError:
+            raise UserError("the problem is not UTF-8; type it anew") from None
         if problem.strip():
             answer(single, tokenizer, problem, number)
 

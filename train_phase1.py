@@ -141,6 +141,7 @@ def main():
     if args.step != "encoder" and not args.init:
         raise UserError(f"--init: the step {args.step} starts from a run of the step before; name it")
     args.model = args.model and starting_point(args.model)
+    args.init = args.init and str(Path(args.init).resolve())
     before = finished_run(args.init, "train_phase1") if args.init else {}
     for key, default in (("model", None), ("compression", 2), ("top_k", 10), ("lora_rank", 64), ("no_induction", False),
                          ("no_segments", False)):

@@ -6,7 +6,6 @@ The loss of a step is a sum over the whole batch divided by a count over the who
 
 import argparse
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from functools import lru_cache
 import json
 import math
@@ -207,8 +206,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
         if rank == 0:
             print(f"{out}: is finished already")
         return
-    held = ExitStack()  # of rank 0 alone
-    from_rank0(lambda: held.enter_context(hold(out)) and None)
+    held = hold(out)
     steps = args.max_steps or max(1, math.ceil(args.epochs * len(examples) / args.batch_size))
     valid_every = args.valid_every or max(1, steps // 10)
 

@@ -11,6 +11,7 @@ import torch
 from data import read_jsonl
 import eval as evaluation
 from grade import Grader, boxed
+import runs
 from runs import UserError
 
 
@@ -134,7 +135,10 @@ def test_stopped_evaluation_goes_on(command, checkpoint, data, tmp_path, monkeyp
     assert command(evaluation.main, *arguments, "--out", tmp_path / "stopped")[0] == 0
     assert sorted(done + again) == list(range(80)) and len(again) == 80 - 33
     one, two = ((tmp_path / x / "train.predictions.jsonl").read_text() for x in ("whole", "stopped"))
-    assert one == two and not list((tmp_path / "stopped").glob(".*"))
+    assert one == two and not list((tmp_path / "stopped").glob(".*.partial"))
+    with runs.hold(tmp_path / "stopped"):
+        code, _, error = command(evaluation.main, *arguments, "--out", tmp_path / "stopped")
+        assert code == 1 and "another process is at work on it" in error
     # another arm that was stopped is another matter
     partial = tmp_path / "stopped" / ".train.random.0.partial"
     partial.write_text("{}")
@@ -170,7 +174,7 @@ def test_arms(command, checkpoint, data, tmp_path):
     code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / "text", "--arms", "random")
     assert code == 1 and "this model's thinking is text" in error
     code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", data, "--out", tmp_path / "top", *ARGUMENTS, "--arms", "top-999999")
-    assert code == 1 and "--arms top-999999: is for superpositions of at most" in error
+    assert code == 1 and "--arms top-999999: is for superpositions, of at most" in error
 
 
 def test_real_benchmarks(grader):

@@ -71,6 +71,7 @@ def test_round_trip_through_export(checkpoint, tmp_path, monkeypatch, kind, tied
     source = checkpoint(kind, tied)
     model = load_checkpoint(source)
     save_checkpoint(model, source, tmp_path / "out", {"thinking": "text", "top_k": 3, "compression": 2})
+    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir() if file.name in ("config.json", "model.safetensors")}) == 1
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
     ids = torch.arange(30)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

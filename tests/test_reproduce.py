@@ -55,5 +55,11 @@ def test_what_is_missing_is_said(command, checkpoint, tmp_path):
     assert code == 1 and "--model, --data: name" in error
     code, _, error = command(reproduce.main, "--out", tmp_path / "out", "--model", checkpoint(), "--data", tmp_path)
     assert code == 1 and "gsm8k-train.jsonl: no such file" in error and not (tmp_path / "out").exists()
+    for name, row in (("svamp-test", {"problem": "1+1"}), ("gsm8k-train", {"problem": "1+1", "cot_answer": "2"})):
+        files = {file: {"problem": "1+1", "answer": "2", "cot": "1", "cot_answer": "2"} for file in ("gsm8k-train", *reproduce.TESTS)} | {name: row}
+        for file, line in files.items():
+            (tmp_path / f"{file}.jsonl").write_text(json.dumps(line))
+        code, _, error = command(reproduce.main, "--out", tmp_path / "out", "--model", checkpoint(), "--data", tmp_path)
+        assert code == 1 and f"{name}.jsonl, line 1: the field" in error and not (tmp_path / "out").exists()
     code, _, error = command(reproduce.main, "--out", tmp_path / "nothing", "--report")
     assert code == 1 and "results.json: no such file" in error

@@ -1,0 +1,17 @@
+"""Accuracy on gsm8k-test by how sure the latents are, from doubt.json: for each problem, in the file's order, the mean entropy of its latents,
+how many there are, and whether Latent and CoT-SFT of the same seed are right.
+
+    python results/smollm2-14min/doubt.py
+"""
+
+import json
+from pathlib import Path
+
+for name, problems in json.loads(Path(__file__).with_name("doubt.json").read_text()).items():
+    problems.sort()
+    for parts in (3, 6):
+        print(f"{name}, in {parts} parts: entropy up to, Latent, CoT-SFT, %")
+        for i in range(parts):
+            part = problems[len(problems) * i // parts:len(problems) * (i + 1) // parts]
+            latent, written = (100 * sum(p[j] for p in part) / len(part) for j in (2, 3))
+            print(f"    {part[-1][0]:.2f} {latent:5.1f} {written:5.1f}")

@@ -182,7 +182,7 @@ def save_checkpoint(model: Model, source: str | Path, out: str | Path, reasons: 
         size += p.numel() * dtype.itemsize
     names = ["model.safetensors"] if len(shards) == 1 else \
         [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    temporary, old = (out.with_name(f".{out.name}.{os.getpid()}.{which}.tmp") for which in ("new", "old"))
     try:
         temporary.mkdir(parents=True)
         for name, shard in zip(names, shards):
@@ -194,8 +194,10 @@ def save_checkpoint(model: Model, source: str | Path, out: str | Path, reasons: 
             if (source / name).exists():
                 shutil.copy(source / name, temporary / name)
         (temporary / "config.json").write_text(json.dumps(config, indent=1, ensure_ascii=False))
-        shutil.rmtree(out, ignore_errors=True)
+        if out.exists():
+            out.rename(old)  # at once, which removing is not
         temporary.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as e:
         raise UserError(f"{out}: cannot be written ({e})") from None
     finally:

@@ -312,7 +312,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             metrics.close()
             write_json(out / "finished.json", progress)
             (out / "resume.safetensors").unlink()
-            print(f"{out}: loss {progress['loss']:.4f}, " + (f"validation {progress['valid']['loss']:.4f}, " if valid else "")
+            print(f"{out}: loss {progress['loss']:.4f}, " + (f"validation {progress['valid']['loss']:.4f}, " if progress["valid"] else "")
                   + f"{steps} steps, {progress['seconds']:.0f} s")
 
 

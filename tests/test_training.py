@@ -353,27 +353,35 @@ def test_a_run_that_died_at_its_very_end(command, checkpoint, data, tmp_path, mo
     monkeypatch.setattr(trainer, "write_json", lambda path, value: (_ for _ in ()).throw(trainer.UserError("no room")))
     assert command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 2))[0] == 1
     monkeypatch.setattr(trainer, "write_json", real)
-    assert command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 2))[0] == 0
+    assert command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 2, "--valid", data))[0] == 0  # a new one, never measured
     finished = json.loads((tmp_path / "run" / "finished.json").read_text())
     assert finished["steps"] == 2 and finished["loss"] == losses(tmp_path / "run")[-1][1] and finished["seconds"] > 0
     assert not (tmp_path / "run" / "resume.safetensors").exists()
 
 
-def test_killed_while_it_wrote_its_model(checkpoint, data, tmp_path):
-    """kill -9 in the midst of a checkpoint's files: the one before is whole, and the same command goes on from there."""
+@pytest.mark.parametrize("moment", ["in the midst of its files", "between the two renames"])
+def test_killed_while_it_wrote_its_model(checkpoint, data, tmp_path, moment):
+    """kill -9: the checkpoint before is whole, at its place or beside it, and the same command goes on to the losses of an undisturbed run."""
     script = textwrap.dedent(f"""
-        import os, sys; sys.path.insert(0, {str(ROOT)!r})
+        import os, pathlib, sys; sys.path.insert(0, {str(ROOT)!r})
         import load_hf_weights, train_sft
-        real = load_hf_weights.save_file
-        def killer(tensors, path, metadata):
-            real(tensors, path, metadata)
+        save_file, rename = load_hf_weights.save_file, pathlib.Path.rename
+        def saves(tensors, path, metadata):
+            save_file(tensors, path, metadata)
             if (path.parents[1] / "model").exists(): os.kill(os.getpid(), 9)
-        if sys.argv.pop(1) == "kill": load_hf_weights.save_file = killer
+        def renames(path, target):
+            rename(path, target)
+            if path.name == "model": os.kill(os.getpid(), 9)
+        if sys.argv.pop(1) == "kill":
+            if {moment == "in the midst of its files"}: load_hf_weights.save_file = saves
+            else: pathlib.Path.rename = renames
         train_sft.run_main(train_sft.main)""")
     run, go = tmp_path / "run", lambda how, out: subprocess.run(
         [sys.executable, "-c", script, how, *map(str, sft(checkpoint, data, out, "--max-steps", 3, "--save-every", 2))], capture_output=True)
-    assert go("kill", run).returncode == -9 and len(list(run.glob(".model.*"))) == 1
-    load_checkpoint(run / "model")
+    assert go("kill", run).returncode == -9
+    left = list(run.glob(".model.*"))
+    assert len(left) == (1 if moment == "in the midst of its files" else 2)
+    load_checkpoint(run / "model" if len(left) == 1 else next(p for p in left if ".old." in p.name))
     assert go("go", run).returncode == 0 and not list(run.glob(".model.*"))
     assert go("go", tmp_path / "whole").returncode == 0 and losses(run) == losses(tmp_path / "whole")
 

@@ -12,14 +12,13 @@ from pathlib import Path
 import random
 import time
 
-from safetensors.torch import save_file
 import torch
 
 from data import Example, read_jsonl
 from figures import draw_latents, draw_masks, table
 from load_hf_weights import hf_name, read_config
 from model import Model
-from runs import atomic, at_least, call, open_run, parser, read_json, run_main, write_json, write_text
+from runs import at_least, call, open_run, parser, read_json, run_main, write_json, write_tensors, write_text
 from tokenizer import END_THINK, THINK, Tokenizer, byte_alphabet
 
 CONFIG = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": 264, "hidden_size": 96,
@@ -75,8 +74,7 @@ def write_model(directory: Path, seed: int) -> None:
     write_json(directory / "config.json", CONFIG)
     write_tokenizer(directory)
     model = Model(read_config(directory)).initialize(torch.Generator().manual_seed(seed), std=0.08)
-    with atomic(directory / "model.safetensors") as temporary:
-        save_file({hf_name(n): p.detach() for n, p in model.named_parameters()}, temporary, {"format": "pt"})
+    write_tensors(directory / "model.safetensors", {hf_name(n): p for n, p in model.named_parameters()}, {"format": "pt"})
 
 
 def main():

@@ -241,16 +241,19 @@ def main():
 
 
 def check_chains(path: Path) -> None:
+    """Raises UserError where a line is none to train on."""
     for row in read_jsonl(path):
-        [text_field(row, key, path) for key in ("problem", "cot", "cot_answer")]
+        for key in ("problem", "cot", "cot_answer"):
+            text_field(row, key, path)
 
 
 def prepare(args, out: Path) -> None:
     """Makes `out` with its data, or checks that it belongs to the same model, data and budget."""
     source = Path(args.data)
     files = [source / "gsm8k-train.jsonl", *filter(Path.exists, [source / "gsm8k-sub-train.jsonl.gz"]), *(source / f"{t}.jsonl" for t in TESTS)]
-    for check, path in [(read_config, args.model), *((load_problems if file.stem in TESTS else check_chains, file) for file in files)]:
-        check(path)  # says so if it is no good, before OUT belongs to it
+    read_config(args.model)
+    for file in () if (out / "config.json").exists() else files:  # said before OUT belongs to them; later their hash is compared
+        (load_problems if file.stem in TESTS else check_chains)(file)
     open_run(out, {"command": "reproduce", "model": str(Path(args.model).resolve()), "minutes": args.minutes, "smoke": args.smoke,
                    "data_hash": file_hash(*files), "epochs": EPOCHS, "settings": SETTINGS})
     if not (out / "data" / "gsm-hard-test.jsonl").exists():  # the last to be written
@@ -331,16 +334,16 @@ def report(found: dict, out: Path) -> None:
         raise UserError(f"{out}: nothing has been measured yet; train a variant first")
     runs = [(name, seed.removeprefix("seed"), s) for name, seeds in found["runs"].items() for seed, s in seeds.items()]
     tests = [t for t in TESTS if any(t in s for *_, s in runs)]
-    share = lambda s: f"{s['accuracy']:.1f} ± {s['interval']:.1f}"
+    percent = lambda s: f"{s['accuracy']:.1f} ± {s['interval']:.1f}"
     rows, arms, held, points = [], [], [], []
     for name, seed, s in runs:
         test, alone, made = s["gsm8k-test"], s.get("alone.gsm8k-test"), s["made"]
         seconds = (alone or test)["seconds_per_problem"]
         points.append((name, test | {"seconds_per_problem": seconds}))
         ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("phase1.valid.written", "student.valid.written")]
-        rows.append([name, seed, *(share(s[t]) if t in s else "" for t in tests), f"{test['chain_length']:.1f}",
+        rows.append([name, seed, *(percent(s[t]) if t in s else "" for t in tests), f"{test['chain_length']:.1f}",
                      f"{1000 * seconds:.2f}{' alone' * bool(alone)}", *ceilings, made["device"]])
-        arms += [[name, seed, key.split(".", 1)[1], share(x), f"{x['chain_length']:.1f}", f"{x['answer_tokens']:.1f}"]
+        arms += [[name, seed, key.split(".", 1)[1], percent(x), f"{x['chain_length']:.1f}", f"{x['answer_tokens']:.1f}"]
                  for key, x in s.items() if key.startswith("gsm8k-test.")]
         if "ecr@5" in (own := s.get("gsm8k-valid", {})):
             paths = s.get("n_eff", {})

@@ -316,7 +316,8 @@ def run_main(main) -> None:
         print(f"error: {e.filename or 'a file'}: {e.strerror}; mend that and start the command again", file=sys.stderr)
         code = 1
     except torch.OutOfMemoryError as e:
-        print(f"error: out of GPU memory; --checkpoint-activations needs less, and so, in another --out, do fewer --row-tokens or a smaller --batch-size ({e})", file=sys.stderr)
+        print("error: out of GPU memory; --checkpoint-activations needs less, and so, in another --out, do fewer --row-tokens or a smaller "
+              f"--batch-size ({e})", file=sys.stderr)
         code = 1
     except KeyboardInterrupt:
         code = 130

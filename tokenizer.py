@@ -103,6 +103,7 @@ class Tokenizer:
                           [self.normalize(t["content"]) for t in plain if t.get("normalized")]))
         self.family = self._choose_family(model_type, str(path))
         self.think, self.end_think = self._marker(THINK), self._marker(END_THINK)
+        # token ids, and the text that the problem goes into
         parts = [part.replace("{instruction}", INSTRUCTION) for part in _FAMILIES[self.family][1]]
         self._prompt = [part if "{problem}" in part else [self.added[part]] if part in self.added else self.encode(part) for part in parts]
 

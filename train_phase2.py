@@ -17,7 +17,7 @@ from cache_latents import encode, identity, read_cache
 from data import Example, Row, load_examples, num_targets, num_tokens, pack_row
 from graphs import run_row
 import latents
-from load_hf_weights import base_dtype, load_model, save_checkpoint, resolve
+from load_hf_weights import base_dtype, load_model, resolve, save_checkpoint
 import lora
 from masks import causal
 from model import Model

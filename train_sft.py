@@ -12,7 +12,7 @@ from pathlib import Path
 from data import load_examples, num_targets, num_tokens, pack_row
 from graphs import run_row
 import latents
-from load_hf_weights import PLAIN, base_dtype, load_model, save_checkpoint, resolve, starting_point
+from load_hf_weights import PLAIN, base_dtype, load_model, resolve, save_checkpoint, starting_point
 from masks import causal
 from runs import parser, run_main, start
 from trainer import Task, add_training_arguments, train

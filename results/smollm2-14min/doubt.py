@@ -1,13 +1,16 @@
 """Accuracy on gsm8k-test by how sure the latents are, from doubt.json: for each problem, in the file's order, the mean entropy of its latents,
 how many there are, and whether Latent and CoT-SFT of the same seed are right.
 
-    python results/smollm2-14min/doubt.py
+    python results/smollm2-14min/doubt.py                                     # r = 2 and 4
+    python results/smollm2-14min/doubt.py results/smollm2-variants/doubt.json  # a latent for each number, and r = 3
 """
 
 import json
 from pathlib import Path
+import sys
 
-for name, problems in json.loads(Path(__file__).with_name("doubt.json").read_text()).items():
+file = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).with_name("doubt.json")
+for name, problems in json.loads(file.read_text()).items():
     problems.sort()
     for parts in (3, 6):
         print(f"{name}, in {parts} parts: entropy up to, Latent, CoT-SFT, %")

@@ -7,7 +7,6 @@ compares its latents with those that the encoder of its phase 1 makes of the cha
 problem, OUT/n_eff.json, the means, and OUT/latents.svg, the first problem's latents beside its first chain. See docs/METHOD.md.
 """
 
-from dataclasses import replace
 import json
 from pathlib import Path
 
@@ -38,9 +37,8 @@ def load_solutions(paths: list[str]) -> list[tuple[Problem, list[str]]]:
     solutions = {}
     for path in paths:
         for row in read_jsonl(path):
-            cot = written_chain(row, path)
-            problem = Problem(text_field(row, "problem", path), boxed(text_field(row, "cot_answer", path)) or "", cot)
-            chain = "".join(cot)
+            chain = written_chain(row, path)
+            problem = Problem(text_field(row, "problem", path), boxed(text_field(row, "cot_answer", path)) or "", chain)
             _, chains = solutions.setdefault(problem.text, (problem, []))
             if chain.strip() and chain.strip() not in map(str.strip, chains):
                 chains.append(chain)
@@ -92,7 +90,7 @@ def distributions(model: Model, prompt: list[int], probs: torch.Tensor, ids: tor
 def references(encoder: Encoder, example: Example, count: int, k: int) -> torch.Tensor:
     """The encoder's latents of the chain's `count` equal spans, [count, hidden_size]."""
     E = encoder.model.embed_tokens.weight
-    row = pack_row("encoder", [replace(example, ends=span_ends(len(example.chain), count))], r=0)
+    row = pack_row("encoder", [example], ends=[span_ends(len(example.chain), count)])
     return latents.superpose(*encoder(to_device(row, E.device), k), E).float().cpu()
 
 
@@ -139,7 +137,7 @@ def main():
                           "random": random})
     (problem, _), r = solutions[0], run["compression"]
     with Grader() as grader:
-        draw_latents(out / "latents.svg", problem.text, list(map(tokenizer.decode, segments(problem.chain, tokenizer, r))),
+        draw_latents(out / "latents.svg", problem.text, list(map(tokenizer.decode, segments(tokenizer.encode(problem.chain), r))),
                      prediction(problem, results[0], tokenizer, settings, r, grader))
     write_text(out / "n_eff.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     if not lines:

@@ -86,7 +86,7 @@ def main():
     r, k, out = config["compression"], config["top_k"], Path(args.out)
     model, tokenizer, _ = load_model(config["model"], device, base_dtype(device))
     encoder = load_encoder(args.phase1, model).to(device).eval()
-    examples = load_examples(args.data, tokenizer, r=r)
+    examples = load_examples(args.data, tokenizer)
     made_from = identity(args.phase1, args.data, len(examples), r, k)
     from_rank0(lambda: open_run(out, made_from))
     if (out / "cache.json").exists():

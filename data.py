@@ -3,7 +3,6 @@
 from dataclasses import dataclass, fields, is_dataclass, replace
 import gzip
 import heapq
-from itertools import accumulate
 import json
 from pathlib import Path
 import zlib
@@ -20,13 +19,11 @@ from tokenizer import END_THINK, THINK, Tokenizer
 
 @dataclass
 class Example:
-    """Token ids (int lists) of one training example. `prompt` is Q <think>, `answer` ends with the end-of-turn token. ends: where the
-    pieces of a chain that is a list end; a latent stands for each where r is 0."""
+    """Token ids (int lists) of one training example. `prompt` is Q <think>, `answer` ends with the end-of-turn token."""
     prompt: list[int]
     chain: list[int]
     end_think: list[int]
     answer: list[int]
-    ends: list[int] | None = None
 
 
 def read_jsonl(path: str | Path) -> list[dict]:
@@ -66,83 +63,56 @@ def text_field(row: dict, key: str, path) -> str:
     return value
 
 
-def written_chain(row: dict, path) -> str | list[str]:
-    """A row's chain: a text, without the think tags around it, or the list of its pieces. Raises UserError with file and line."""
-    cot = row.get("cot")
-    if isinstance(cot, list):
-        if not cot or not all(isinstance(piece, str) and piece for piece in cot):
-            raise UserError(f"{path}, line {row['_line']}: the field \"cot\" is a list, and not of texts with something in them; mend it")
-        return cot
+def written_chain(row: dict, path) -> str:
+    """A row's chain, without the think tags around it. Raises UserError with file and line."""
     cot = text_field(row, "cot", path)
     cot = cot.lstrip().removeprefix(THINK) if cot.lstrip().startswith(THINK) else cot
     return cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot
 
 
-def encode_chain(chain: str | list[str], tokenizer: Tokenizer) -> tuple[list[int], list[int] | None]:
-    """Token ids of a chain and, if it is in pieces, where each ends."""
-    if isinstance(chain, str):
-        return tokenizer.encode(chain), None
-    ids = [tokenizer.encode(piece) for piece in chain]
-    return [i for piece in ids for i in piece], list(accumulate(map(len, ids)))
-
-
-def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True, skip: bool = False, r: int = 1) -> list[Example]:
-    """Training examples from {"problem", "cot", "cot_answer"} lines, "cot" a text or, as it has to be where r is 0, a list of its pieces.
+def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True, skip: bool = False) -> list[Example]:
+    """Training examples from {"problem", "cot", "cot_answer"} lines.
 
     Without `chain` the chains are left empty. `skip`: leaves out lines whose chain is empty, which benchmarks have and which are an
     error otherwise.
     """
     examples = []
     for row in read_jsonl(path):
-        if skip and chain and row.get("cot") in ("", []):
+        if skip and chain and row.get("cot") == "":
             continue
         problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
         cot = written_chain(row, path) if chain else ""
-        if chain and not "".join(cot).strip():
+        if chain and not cot.strip():
             raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds no chain between its think tags")
-        if not r and isinstance(cot, str):
-            raise UserError(f"{path}, line {row['_line']}: --compression 0 is for chains in pieces, and here are whole texts; make \"cot\" "
-                            "a list of texts")
-        ids, ends = encode_chain(cot, tokenizer)
-        examples.append(Example(tokenizer.prompt(problem), ids, tokenizer.end_think, tokenizer.encode(answer) + [tokenizer.end_of_turn], ends))
+        examples.append(Example(tokenizer.prompt(problem), tokenizer.encode(cot), tokenizer.end_think,
+                                tokenizer.encode(answer) + [tokenizer.end_of_turn]))
     if not examples:
         raise UserError(f"{path}: no line has a chain; name another file")
     return examples
 
 
 def num_latents(example: Example, r: int) -> int:
-    """N = ceil(n / r), or as many as there are pieces."""
-    return -(-len(example.chain) // r) if r else len(example.ends)
+    """N = ceil(n / r)."""
+    return -(-len(example.chain) // r)
 
 
-def segment_ends(example: Example, r: int) -> np.ndarray:
-    """Where S_1 ... S_N end in the chain, int [N]."""
-    return np.minimum(r * np.arange(1, num_latents(example, r) + 1), len(example.chain)) if r else np.array(example.ends, int)
+def segments(chain: list[int], r: int) -> list[list[int]]:
+    """S_1 ... S_N."""
+    return [chain[i:i + r] for i in range(0, len(chain), r)]
 
 
-def _first(example: Example, r: int) -> int:
-    """How many tokens S_1 has."""
-    return min(r, len(example.chain)) if r else sum(example.ends[:1])
-
-
-def segments(chain: str | list[str], tokenizer: Tokenizer, r: int) -> list[list[int]]:
-    """S_1 ... S_N of a written chain, as token ids; none where r is 0 and it is not in pieces."""
-    ids, ends = encode_chain(chain, tokenizer)
-    ends = segment_ends(Example([], ids, [], [], ends or []), r).tolist()
-    return [ids[begin:end] for begin, end in zip([0, *ends], ends)]
-
-
-def layout(name: str, example: Example, r: int = 1) -> tuple[np.ndarray, ...]:
+def layout(name: str, example: Example, r: int = 1, ends: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
     """ids, kind, segment and position of every token of `example`, each int [T]; latents have id 0.
 
-    `name` is "cot", "encoder", "decoder" or "latent", the rows of the table in docs/METHOD.md.
+    `name` is "cot", "encoder", "decoder" or "latent", the rows of the table in docs/METHOD.md. `ends`: where S_1 ... S_N end in the chain,
+    int [N], if not after every r tokens; for the encoder.
     """
-    chain, ends = np.array(example.chain, int), segment_ends(example, r)
+    chain, n = np.array(example.chain, int), len(example.chain)
+    ends = np.minimum(r * np.arange(1, num_latents(example, r) + 1), n) if ends is None else ends
     if name == "encoder":
         before = ends  # L_i stands behind S_i
     elif name == "decoder":
-        first = _first(example, r)
-        chain, before = chain[first:], ends - first  # no S_1; Z_i stands before S_{i+1}, the last one at the end
+        chain, before = chain[r:], ends - min(r, n)  # no S_1; Z_i stands before S_{i+1}, the last one at the end
     elif name == "latent":
         chain, before = chain[:0], 0 * ends
     else:
@@ -163,7 +133,7 @@ def num_tokens(name: str, example: Example, r: int = 1) -> int:
     """Length of a layout, without building it."""
     n, fixed = len(example.chain), len(example.prompt) + len(example.end_think)
     latents = 0 if name == "cot" else num_latents(example, r)
-    text = {"cot": n, "encoder": n, "decoder": n - _first(example, r), "latent": 0}[name]
+    text = {"cot": n, "encoder": n, "decoder": max(n - r, 0), "latent": 0}[name]
     return fixed + latents + text + (len(example.answer) if name != "encoder" else 0)
 
 
@@ -188,9 +158,9 @@ class Row:
     targets: torch.Tensor
 
 
-def pack_row(name: str, examples: list[Example], r: int = 1) -> Row:
-    """One packed row of `examples` in the layout `name`."""
-    parts = [layout(name, e, r) for e in examples]
+def pack_row(name: str, examples: list[Example], r: int = 1, ends: list[np.ndarray] | None = None) -> Row:
+    """One packed row of `examples` in the layout `name`; `ends`: of each, see `layout`."""
+    parts = [layout(name, e, r, ends and ends[i]) for i, e in enumerate(examples)]
     ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
     lengths = [len(p[0]) for p in parts]
     document = torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths))

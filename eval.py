@@ -28,7 +28,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from cache_latents import encode
-from data import Example, encode_chain, read_jsonl, segments, text_field, written_chain
+from data import Example, read_jsonl, segments, text_field, written_chain
 from figures import table
 from grade import Grader, boxed
 from latents import HIDDEN, entropy
@@ -45,7 +45,7 @@ ARMS = ("free", "forced", "floor", "random", "other", "argmax", "written")
 class Problem:
     text: str
     answer: str
-    chain: str | list[str] | None  # the written one or its pieces, where the file has it
+    chain: str | None  # the written one, where the file has it
 
 
 def load_problems(path: str) -> list[Problem]:
@@ -106,7 +106,7 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
     if latents and settings.top_k > 0:  # of the whole vocabulary only the likeliest are kept
         line["entropy"] = round(float(entropy(result.probs).mean()), 4)
     if latents:
-        written = segments(problem.chain, tokenizer, r) if problem.chain else []
+        written = segments(tokenizer.encode(problem.chain), r) if problem.chain else []
         line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written) for k in (5, 10) if k <= result.ids.shape[1]}
         line["segments"] = len(written)
     return line
@@ -216,8 +216,7 @@ def written_latents(run: str, problems: list[Problem], tokenizer: Tokenizer, dev
     """The latents (probs, ids) that the encoder of phase 1 makes of the problems' written chains; `run`: of either phase."""
     phase1 = phase1_of(run)
     config = finished_run(phase1, "train_phase1")
-    chains = [encode_chain(p.chain, tokenizer) for p in problems]
-    examples = [Example(tokenizer.prompt(p.text), ids, tokenizer.end_think, [], ends) for p, (ids, ends) in zip(problems, chains)]
+    examples = [Example(tokenizer.prompt(p.text), tokenizer.encode(p.chain), tokenizer.end_think, []) for p in problems]
     encoded = encode(finished_encoder(phase1, device), examples, config["compression"], config["top_k"], 8192, device)
     return [(probs.float(), ids.long()) for probs, ids in encoded]
 
@@ -289,10 +288,8 @@ def main():
         if kept != settings.top_k and (settings.top_k == HIDDEN or kept > model.config.vocab_size):
             raise UserError(f"--arms {which}: is for superpositions, of at most the {model.config.vocab_size} tokens there are")
         if which == "written":
-            if not all(p.chain and "".join(p.chain).strip() for problems in problems_of.values() for p in problems):
+            if not all(p.chain and p.chain.strip() for problems in problems_of.values() for p in problems):
                 raise UserError("--arms written: a problem without a written chain; give files in the training schema")
-            if not reasons["compression"] and any(isinstance(p.chain, str) for problems in problems_of.values() for p in problems):
-                raise UserError("--arms written: this model has a latent for each piece of a chain; give files with lists of pieces")
             before = read_json(Path(phase1_of(args.model)) / "config.json")
             if before.get("command") != "train_phase1" or before["top_k"] != settings.top_k:
                 raise UserError(f"--arms written: {args.model} is no run of train_phase1.py or train_phase2.py with --top-k {settings.top_k}")

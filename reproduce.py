@@ -19,7 +19,6 @@ import gzip
 import json
 import os
 from pathlib import Path
-import re
 import signal
 import subprocess
 import sys
@@ -42,7 +41,6 @@ ANCHOR = "--w-anchor 1"
 PHASE2 = "--lr 5e-4 --batch-size 128"
 OWN = "--own-share 0.5"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
-PIECES = re.compile(r"\s*<<[^-+*/=<>]*|[-+*/=][^-+*/=<>]*(?:>>)?|.", re.DOTALL)  # of a chain like <<16*3=48>> <<48-8=40>>: <<16 *3 =48>> ...
 SHORT = 0.4
 SETTINGS = {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL}
 KEEP = "--keep 2"  # models of phase 2, and the end: what is right most often on gsm8k-valid is chosen
@@ -52,7 +50,7 @@ ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents 
 
 @dataclass
 class Variant:
-    """A row of the table. r None: trained on text (train_sft.py), 0: a latent for each of PIECES; phase1, phase2: flags of these scripts;
+    """A row of the table. r None: trained on text (train_sft.py); phase1, phase2: flags of these scripts;
     arms: whether to try ARMS too. epochs: times those of phase 2; an ablation has SHORT of them, to be compared with r2-short."""
     r: int | None = 2
     phase1: str = ANCHOR
@@ -68,11 +66,6 @@ class Variant:
         return f"r{self.r}{self.phase1.replace(' ', '')}"
 
     @property
-    def pieces(self) -> str:
-        """The ending of the names of the files that have its chains."""
-        return "-pieces" if self.r == 0 else ""
-
-    @property
     def ceiling(self) -> bool:
         """Whether latents can be handed to a model from outside: superpositions of a few tokens can."""
         return "--top-k 0" not in self.phase1 and "--top-k -1" not in self.phase1
@@ -82,10 +75,9 @@ VARIANTS = {
     "answer-only": Variant(None, sft="--no-chain"),
     "CoT-SFT": Variant(None),
     "Latent-r2": Variant(2, arms=True),
-    "Latent-r2-long": Variant(2, epochs=2.0, arms=True),
+    "Latent-r2-long": Variant(2, epochs=3.0, arms=True),
     "Latent-r3": Variant(3),
     "Latent-r4": Variant(4, arms=True),
-    "Latent-pieces": Variant(0, arms=True),
     "r1-short": Variant(1, epochs=SHORT),  # as many latents as tokens: the price of latents without that of compression
     "r2-short": Variant(2, epochs=SHORT),
     "r2-no-anchor": Variant(phase1="", epochs=SHORT),
@@ -104,7 +96,7 @@ MAIN = ("answer-only", "CoT-SFT", "Latent-r2", "Latent-r4")
 
 def write_data(source: Path, out: Path, smoke: bool) -> None:
     """train.jsonl (gsm8k-train three times and gsm8k-sub-train), small.jsonl (the former alone), valid.jsonl (gsm8k-valid where it has
-    chains), the same with chains in pieces, and the evaluation files, in `out`."""
+    chains), and the evaluation files, in `out`."""
     plain, more = source / "gsm8k-train.jsonl", source / "gsm8k-sub-train.jsonl.gz"
 
     def lines_of(path: Path) -> list[str]:
@@ -114,18 +106,13 @@ def write_data(source: Path, out: Path, smoke: bool) -> None:
     def write(name: str, lines: list[str]) -> None:
         write_text(out / f"{name}.jsonl", "".join(line + "\n" for line in lines))
 
-    def write_both(name: str, lines: list[str]) -> None:
-        write(name, lines)
-        rows = map(json.loads, lines)
-        write(f"{name}-pieces", [json.dumps(row | {"cot": PIECES.findall(row["cot"])}) for row in rows])
-
     small = lines_of(plain)[:48 if smoke else None]
-    write_both("small", small)
-    write_both("train", small if smoke else 3 * small + (lines_of(more) if more.exists() else []))
+    write("small", small)
+    write("train", small if smoke else 3 * small + (lines_of(more) if more.exists() else []))
     for name in TESTS:
         lines = lines_of(source / f"{name}.jsonl")[:4 if smoke else None]
         if name == "gsm8k-valid":
-            write_both("valid", [line for line in lines if json.loads(line).get("cot")])
+            write("valid", [line for line in lines if json.loads(line).get("cot")])
         write(name, lines)
 
 
@@ -146,7 +133,7 @@ def evaluation(flags: str, out: Path, model: Path, data: list[Path], arms: str =
 
 def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, device: str, how) -> tuple[Path, Path | None]:
     """(run, its phase 1 run or None) of a variant, trained in `home`; `how(stage)` are the flags of a stage."""
-    files = {"data": data / f"{'small' if v.small else 'train'}{v.pieces}.jsonl", "valid": data / f"valid{v.pieces}.jsonl"}
+    files = {"data": data / f"{'small' if v.small else 'train'}.jsonl", "valid": data / "valid.jsonl"}
     out = home / name / "model"
     if v.r is None:
         stage("train_sft.py", f"{SFT} {v.sft} {how('sft')}", out, "finished.json", model=base, **files)
@@ -197,7 +184,7 @@ def collect(out: Path) -> dict:
         parts = {"": home / "eval", "student.": home / "student", "alone.": home / "alone",
                  "phase1.": home.parent / "phase1" / VARIANTS[home.name].latents / "eval"}
         files = [(part, file) for part, directory in parts.items() for file in sorted(directory.glob("*.json"))]
-        found = {(part + file.stem).replace("-pieces", ""): read_json(file) for part, file in files if file.name != "settings.json"}
+        found = {part + file.stem: read_json(file) for part, file in files if file.name != "settings.json"}
         if (home / "n_eff" / "n_eff.json").exists():
             found["n_eff"] = read_json(home / "n_eff" / "n_eff.json")
         runs.setdefault(home.name, {})[home.parent.name] = found | {"made": read_json(home / "chosen.json")}
@@ -317,10 +304,10 @@ def train_all(args, out: Path) -> None:
                 continue  # trained for others to start from
             evaluation(flags, home / "eval", run, tests)
             if phase1 and v.ceiling:  # what phase 1's decoder does with its encoder's latents of the written chains
-                evaluation(flags, phase1.parent / "eval", phase1, of(f"valid{v.pieces}"), "written")
+                evaluation(flags, phase1.parent / "eval", phase1, of("valid"), "written")
             if v.arms:
                 evaluation(flags, home / "eval", run, of("gsm8k-test"), ARMS)
-                evaluation(flags, home / "student", run, of(f"valid{v.pieces}"), "written top-2 top-4")
+                evaluation(flags, home / "student", run, of("valid"), "written top-2 top-4")
                 if solutions := solve_differently(cot_sft, seeded / "CoT-SFT", flags, *of("valid")):
                     stage("analyze.py", f"--seed {seed} --max-latents 64 {device}", home / "n_eff", "n_eff.json", model=run,
                           data=solutions)

@@ -124,8 +124,7 @@ def main():
     p.add_argument("--step", choices=LEARNS, required=True, help="whose adapter learns: the encoder's, the decoder's, both")
     p.add_argument("--model", help="the CoT-SFT model, a run or a checkpoint directory; default: that of --init")
     p.add_argument("--init", help="the phase 1 run whose adapters this step starts from; step encoder may do without")
-    p.add_argument("--compression", type=at_least(0), help="chain tokens per latent, r; 0: a latent for each piece of "
-                   "the chains, which the data has as lists; default: that of --init, or 2")
+    p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --init, or 2")
     p.add_argument("--top-k", type=at_least(latents.HIDDEN), help="tokens in a superposition, 0 for all; -1: the last hidden states "
                    "instead, an ablation; default: that of --init, or 10")
     p.add_argument("--no-induction", action="store_true", default=None, help="a plain causal mask for the encoder, an ablation")
@@ -167,8 +166,8 @@ def main():
         encoder = Encoder(model, rule=causal if args.no_induction else induction)
     if args.top_k > model.config.vocab_size:
         raise UserError(f"--top-k {args.top_k}: the vocabulary has only {model.config.vocab_size} tokens")
-    examples = load_examples(args.data, tokenizer, r=args.compression)
-    valid = load_examples(args.valid, tokenizer, skip=True, r=args.compression) if args.valid else None
+    examples = load_examples(args.data, tokenizer)
+    valid = load_examples(args.valid, tokenizer, skip=True) if args.valid else None
     task = Phase1(encoder, args.compression, args.top_k, LEARNS[args.step], not args.no_segments, args.w_anchor)
     train(task, examples, valid, args, rank, world, device)
 

@@ -28,7 +28,7 @@ from trainer import Task, add_training_arguments, train
 READ = 10  # tokens that a hidden state is read as, where latents are hidden states
 
 
-@dataclass(kw_only=True)
+@dataclass
 class LatentExample(Example):
     """An example with its cached alpha: probs float16 [N, k] and ids int32 [N, k], or None for the full vocabulary."""
     probs: torch.Tensor
@@ -116,7 +116,7 @@ def main():
     p = parser(__doc__)
     p.add_argument("--phase1", required=True, help="the phase 1 run whose decoder the student starts from")
     p.add_argument("--cache", required=True, help="the latents that its encoder made of --data (cache_latents.py)")
-    p.add_argument("--compression", type=at_least(0), help="chain tokens per latent, r; default: that of --phase1")
+    p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --phase1")
     p.add_argument("--top-k", type=at_least(latents.HIDDEN), help="tokens in a superposition; default: that of --phase1")
     p.add_argument("--all-weights", action="store_true", help="all weights learn instead of an adapter")
     p.add_argument("--w-ce", type=at_least(0, float), default=1.0, help="weight of the answer's cross-entropy")
@@ -149,12 +149,12 @@ def main():
     model, tokenizer, _ = load_model(args.phase1, "cpu" if args.shard else device, torch.float32 if args.all_weights else base_dtype(device))
     if not args.all_weights:
         lora.add_adapter(model, "student", args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
-    plain = load_examples(args.data, tokenizer, r=args.compression)
+    plain = load_examples(args.data, tokenizer)
     made_from = identity(args.phase1, args.data, len(plain), args.compression, args.top_k)
     examples = with_latents(plain, read_cache(args.cache, made_from))
     valid = None
     if args.valid:  # a few latents: made now, by the encoder on its own base, a second whole copy for as long as that takes
-        plain = load_examples(args.valid, tokenizer, skip=True, r=args.compression)
+        plain = load_examples(args.valid, tokenizer, skip=True)
         encoder = finished_encoder(args.phase1, device)
         valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))
         del encoder

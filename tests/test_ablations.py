@@ -1,15 +1,10 @@
-"""The variants: hidden states as latents, no induction mask, no segments, all weights, chains in pieces; against transformers in float64."""
-
-import json
-import re
+"""The variants: hidden states as latents, no induction mask, no segments, all weights; against transformers in float64."""
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import cache_latents
-from data import load_examples, pack_row
-import eval as evaluation
 from latents import HIDDEN
 from load_hf_weights import load_checkpoint, load_model
 import lora
@@ -117,38 +112,3 @@ def test_the_commands(command, checkpoint, data, tmp_path, flags):
     if "--top-k" in flags:
         code, _, error = command(train_phase2.main, *phase2_arguments(run, data, cache, tmp_path / "noisy", "--noise", 1))
         assert code == 1 and "are hidden states" in error
-
-
-
-def test_chains_in_pieces(command, checkpoint, data, tmp_path):
-    """A latent stands for each piece of a chain, from phase 1 to what the evaluation tells."""
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    pieces = tmp_path / "pieces.jsonl"
-    pieces.write_text("\n".join(json.dumps(row | {"cot": re.findall(r"\d+|\D", row["cot"])}) for row in rows))
-    code, _, error = command(train_phase1.main, "--step", "encoder", "--model", checkpoint(), "--data", data, "--out", tmp_path / "no", "--compression", 0)
-    assert code == 1 and "whole texts" in error and not (tmp_path / "no").exists()
-    mixed = tmp_path / "mixed.jsonl"
-    mixed.write_text("".join(pieces.read_text().splitlines(keepends=True)[:3]) + data.read_text())
-    code, _, error = command(train_phase1.main, "--step", "encoder", "--model", checkpoint(), "--data", mixed, "--out", tmp_path / "no", "--compression", 0)
-    assert code == 1 and "mixed.jsonl, line 4: " in error and not (tmp_path / "no").exists()
-    run, cache, latent, out = (tmp_path / name for name in ("run", "cache", "latent", "out"))
-    phase1(command, checkpoint, pieces, run, "--compression", 0)
-    assert command(cache_latents.main, "--phase1", run, "--data", pieces, "--out", cache)[0] == 0
-    cached = cache_latents.read_cache(cache, json.loads((cache / "cache.json").read_text()))
-    assert [len(probs) for probs, _ in cached] == [len(re.findall(r"\d+|\D", row["cot"])) for row in rows]
-    code, _, error = command(train_phase2.main, *phase2_arguments(run, pieces, cache, latent, "--valid", pieces))
-    assert code == 0, error
-    evaluate = lambda file, out: command(evaluation.main, "--model", latent, "--data", file, "--out", out, "--arms", "written", "--max-new-tokens", 4)
-    code, _, error = evaluate(pieces, out)
-    assert code == 0, error
-    summary = json.loads((out / "pieces.written.json").read_text())
-    assert summary["chain_length"] == sum(len(probs) for probs, _ in cached) / 40
-    encoder, (model, tokenizer, _) = load_encoder(run, load_checkpoint(checkpoint())).eval(), load_model(latent)
-    example = load_examples(pieces, tokenizer)[0]
-    with torch.no_grad():
-        ids = encoder(pack_row("encoder", [example], 0), 3)[1].tolist()
-    assert load_model(latent)[2]["compression"] == 0 and len(ids) == len(example.ends)
-    line = json.loads((out / "pieces.written.predictions.jsonl").read_text().splitlines()[0])
-    assert line["chain_length"] == len(ids)
-    code, _, error = evaluate(data, tmp_path / "other")
-    assert code == 1 and "lists of pieces" in error

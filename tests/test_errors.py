@@ -45,7 +45,7 @@ LINE = {"problem": "1+1", "cot": "2", "cot_answer": "\\boxed{2}"}
     (json.dumps(LINE | {"problem": "  "}), ["line 1", '"problem" is empty']),
     (json.dumps(LINE | {"cot_answer": 7}), ["line 1", '"cot_answer" is not a string']),
     (json.dumps(LINE | {"cot": "<think></think>"}), ["line 1", "no chain"]),
-    (json.dumps(LINE | {"cot": ["1", ""]}), ["line 1", '"cot" is a list']), (json.dumps(LINE | {"cot": []}), ["line 1", '"cot" is a list']),
+    (json.dumps(LINE | {"cot": ["1", "2"]}), ["line 1", '"cot" is not a string']),
     ("", ["the file is empty"]), ("\n \n", ["the file is empty"]), ("\udcff", ["cannot be read"])])
 def test_bad_data(fails, checkpoint, tmp_path, text, words):
     bad, out = tmp_path / "bad.jsonl", tmp_path / "out"
@@ -116,7 +116,7 @@ def test_unknown_architecture_and_truncated_weights(fails, checkpoint, data, tmp
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("arguments", [["--compression", -1], ["--top-k", -2], ["--compression", "two"], ["--step", "all"], ["--batch-size", 0],
+@pytest.mark.parametrize("arguments", [["--compression", 0], ["--top-k", -2], ["--compression", "two"], ["--step", "all"], ["--batch-size", 0],
                                        ["--lora-dropout", 1.5], ["--warmup", 100], ["--seed", -1], ["--epochs", 0], ["--epochs", "inf"]])
 def test_bad_numbers(fails, checkpoint, data, tmp_path, arguments):
     fails(train_phase1.main, ["--step", "encoder", *sft(checkpoint(), data, tmp_path / "out"), *arguments], arguments[0], code=2)

@@ -2,7 +2,7 @@
 needed, a step for each variable, in a random order that works: `d5+2=7;b7+5=2;`, modulo 10.
 
     python results/variables/task.py OUT             # from the repository's root: OUT/base, a small random model, and OUT/*.jsonl
-    python results/variables/task.py OUT lengths     # odd digits are written twice; OUT/*-pieces.jsonl too, with `d55`, `+2`, `=77;` apart
+    python results/variables/task.py OUT lengths     # odd digits are written twice
 """
 
 import json
@@ -66,9 +66,6 @@ def main():
     for name, count in (("train", 60000), ("valid", 300), ("test", 500)):
         rows = [with_lengths(row) if lengths else row for row in (make_example(rng) for _ in range(count))]
         write_text(out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        if lengths:
-            pieces = [row | {"cot": re.findall(r"[a-z]\d+|[-+]\d+|=\d+;", row["cot"])} for row in rows]
-            write_text(out / f"{name}-pieces.jsonl", "".join(json.dumps(row) + "\n" for row in pieces))
     demo.write_model(out / "base", 1)
 
 

@@ -54,7 +54,8 @@ def load_problems(path: str) -> list[Problem]:
         problem = text_field(row, "problem", path)
         if "answer" in row or "cot_answer" not in row:
             number = row.get("answer")
-            answer = str(number) if type(number) in (int, float) and number == number else text_field(row, "answer", path)  # true and NaN are none
+            is_number = type(number) is int or type(number) is float and math.isfinite(number)  # true and NaN are none
+            answer = str(number) if is_number else text_field(row, "answer", path)
         elif (answer := boxed(text_field(row, "cot_answer", path))) is None:
             raise UserError(f"{path}, line {row['_line']}: the field \"cot_answer\" holds no \\boxed{{...}}")
         problems.append(Problem(problem, answer, written_chain(row, path) if row.get("cot") else None))

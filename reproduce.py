@@ -5,7 +5,7 @@
     python reproduce.py --model SmolLM2-135M-Instruct --data DIR --out smoke --smoke          # a CPU, a few rows, minutes
     python reproduce.py --out results/smollm2 --report                                        # table and pictures again
 
-DIR holds gsm8k-train.jsonl, gsm8k-valid.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
+DIR holds gsm8k-train.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
 done by the project's own scripts; what is finished is not done again. Of each Latent variant the model is chosen, out of three along
 phase 2, that is right most often on gsm8k-valid (of an ablation, the last). --minutes scale the epochs: about those of one H100 for the
 MAIN variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
@@ -50,8 +50,8 @@ ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents 
 
 @dataclass
 class Variant:
-    """A row of the table. r None: trained on text (train_sft.py); phase1, phase2: flags of these scripts;
-    arms: whether to try ARMS too. epochs: times those of phase 2; an ablation has SHORT of them, to be compared with r2-short."""
+    """A row of the table. r None: trained on text; phase1, phase2, sft: flags of these scripts; arms: whether to try ARMS too.
+    epochs: times those of phase 2; an ablation has SHORT of them, to be compared with r2-short."""
     r: int | None = 2
     phase1: str = ANCHOR
     phase2: str = f"--all-weights {OWN}"
@@ -203,7 +203,7 @@ def main():
     p.add_argument("--seeds", type=at_least(0), nargs="+", default=[1], help="all variants once for each")
     p.add_argument("--jobs", type=at_least(1), default=1, help="variants at a time, GPUs taken in turn; each writes to a log file in OUT")
     p.add_argument("--alone", action=argparse.BooleanOptionalAction, default=False,
-                   help="in the end, take the seconds per problem anew, one variant after the other: with --jobs all disturb each other")
+                   help="take the seconds per problem anew, with --jobs, where variants disturb each other, after all are trained, one by one")
     p.add_argument("--smoke", action="store_true", help="two steps on a few rows, to see that everything runs")
     p.add_argument("--report", action="store_true", help="only table and pictures, from results.json")
     args = p.parse_args()
@@ -228,8 +228,11 @@ def main():
 
 
 def check_chains(path: Path) -> None:
-    """Raises UserError where a line is none to train on."""
-    for row in read_jsonl(path):
+    """Raises UserError where a line is none to train on; gsm8k-valid may have some without a chain."""
+    rows = [row for row in read_jsonl(path) if row.get("cot") or path.stem != "gsm8k-valid"]
+    if not rows:
+        raise UserError(f"{path}: no line has a chain; name another file")
+    for row in rows:
         for key in ("problem", "cot", "cot_answer"):
             text_field(row, key, path)
 
@@ -240,7 +243,10 @@ def prepare(args, out: Path) -> None:
     files = [source / "gsm8k-train.jsonl", *filter(Path.exists, [source / "gsm8k-sub-train.jsonl.gz"]), *(source / f"{t}.jsonl" for t in TESTS)]
     read_config(args.model)
     for file in () if (out / "config.json").exists() else files:  # said before OUT belongs to them; later their hash is compared
-        (load_problems if file.stem in TESTS else check_chains)(file)
+        if file.stem in TESTS:
+            load_problems(file)
+        if file.stem == "gsm8k-valid" or file.stem not in TESTS:
+            check_chains(file)
     open_run(out, {"command": "reproduce", "model": str(Path(args.model).resolve()), "minutes": args.minutes, "smoke": args.smoke,
                    "data_hash": file_hash(*files), "epochs": EPOCHS, "settings": SETTINGS})
     if not (out / "data" / "gsm-hard-test.jsonl").exists():  # the last to be written

@@ -214,9 +214,9 @@ def test_bad_calls_cost_nothing(command, checkpoint, data, tmp_path):
 
 def test_an_answer_may_be_a_number(tmp_path):
     path = tmp_path / "numbers.jsonl"
-    path.write_text('{"problem": "6 * 7?", "answer": 42}\n{"problem": "1 / 2?", "answer": 0.5}\n')
-    assert [p.answer for p in evaluation.load_problems(path)] == ["42", "0.5"]
-    for answer in ("[42]", "true"):
+    path.write_text('{"problem": "6 * 7?", "answer": 42}\n{"problem": "1 / 2?", "answer": 0.5}\n{"problem": "long", "answer": 1%s}\n' % ("0" * 400))
+    assert [p.answer for p in evaluation.load_problems(path)] == ["42", "0.5", "1" + "0" * 400]
+    for answer in ("[42]", "true", "NaN", "Infinity"):
         path.write_text('{"problem": "6 * 7?", "answer": %s}\n' % answer)
         with pytest.raises(UserError, match='line 1: the field "answer" is not a string'):
             evaluation.load_problems(path)

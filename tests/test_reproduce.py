@@ -50,7 +50,8 @@ def test_what_is_missing_is_said(command, checkpoint, tmp_path):
     assert code == 1 and "--model, --data: name" in error
     code, _, error = command(reproduce.main, "--out", tmp_path / "out", "--model", checkpoint(), "--data", tmp_path)
     assert code == 1 and "gsm8k-train.jsonl: no such file" in error and not (tmp_path / "out").exists()
-    for name, row in (("svamp-test", {"problem": "1+1"}), ("gsm8k-train", {"problem": "1+1", "cot_answer": "2"})):
+    for name, row in (("svamp-test", {"problem": "1+1"}), ("gsm8k-train", {"problem": "1+1", "cot_answer": "2"}),
+                      ("gsm8k-valid", {"problem": "1+1", "answer": "2", "cot": "1"})):
         files = {file: {"problem": "1+1", "answer": "2", "cot": "1", "cot_answer": "2"} for file in ("gsm8k-train", *reproduce.TESTS)} | {name: row}
         for file, line in files.items():
             (tmp_path / f"{file}.jsonl").write_text(json.dumps(line))

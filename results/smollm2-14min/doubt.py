@@ -11,7 +11,7 @@ import sys
 
 file = Path(sys.argv[1]) if sys.argv[1:] else Path(__file__).with_name("doubt.json")
 for name, problems in json.loads(file.read_text()).items():
-    problems.sort()
+    problems.sort(key=lambda problem: problem[0])
     for parts in (3, 6):
         print(f"{name}, in {parts} parts: entropy up to, Latent, CoT-SFT, %")
         for i in range(parts):

@@ -45,7 +45,7 @@ def right(equation) -> bool:
 
 problems = [json.loads(line) for line in gzip.open(Path(__file__).with_name("first_latents.jsonl.gz"), "rt", encoding="utf-8")]
 for problem in problems:
-    problem["entropy"] = sum(-p * math.log(p) for latent in problem["latents"] for _, p in latent if p) / 3
+    problem["entropy"] = sum(-p * math.log(p) for latent in problem["latents"] for _, p in latent if p) / len(problem["latents"])
     problem["read"], problem["written"] = EQUATION.match("".join(map(read, problem["latents"]))), EQUATION.match(problem["chain"])
     a, b = problem["read"], problem["written"]
     problem["same"] = bool(a and b and a.groups()[:3] == b.groups()[:3])

@@ -3,6 +3,7 @@ needed, a step for each variable, in a random order that works: `d5+2=7;b7+5=2;`
 
     python results/variables/task.py OUT             # from the repository's root: OUT/base, a small random model, and OUT/*.jsonl
     python results/variables/task.py OUT lengths     # odd digits are written twice
+    python results/variables/task.py OUT few         # of OUT/train.jsonl, OUT/few/train.jsonl (4,000) and fresh.jsonl (20,000); few/test.jsonl (4,000 more)
 """
 
 import json
@@ -60,7 +61,19 @@ def with_lengths(row: dict) -> dict:
     return row | {"problem": twice(row["problem"]), "cot": twice(row["cot"])}
 
 
+def write_few(out: Path) -> None:
+    lines, rng, test = (out / "train.jsonl").read_text().splitlines(keepends=True), random.Random(99), []
+    seen = {json.loads(line)["problem"] for line in lines}
+    while len(test) < 4000:
+        if (row := make_example(rng))["problem"] not in seen:
+            test.append(json.dumps(row) + "\n")
+    for name, part in (("train", lines[:4000]), ("fresh", lines[4000:24000]), ("test", test)):
+        write_text(out / "few" / f"{name}.jsonl", "".join(part))
+
+
 def main():
+    if sys.argv[2:] == ["few"]:
+        return write_few(Path(sys.argv[1]))
     out, rng, lengths = Path(sys.argv[1]), random.Random(1), sys.argv[2:] == ["lengths"]
     demo.CONFIG |= {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4}
     for name, count in (("train", 60000), ("valid", 300), ("test", 500)):

@@ -70,6 +70,15 @@ def written_chain(row: dict, path) -> str:
     return cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot
 
 
+def training_fields(row: dict, path, chain: bool = True) -> tuple[str, str, str]:
+    """Problem, written chain (empty without `chain`) and answer of a line to train on. Raises UserError with file and line."""
+    problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
+    cot = written_chain(row, path) if chain else ""
+    if chain and not cot.strip():
+        raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds no chain between its think tags")
+    return problem, cot, answer
+
+
 def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True, skip: bool = False) -> list[Example]:
     """Training examples from {"problem", "cot", "cot_answer"} lines.
 
@@ -80,10 +89,7 @@ def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True, sk
     for row in read_jsonl(path):
         if skip and chain and row.get("cot") == "":
             continue
-        problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
-        cot = written_chain(row, path) if chain else ""
-        if chain and not cot.strip():
-            raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds no chain between its think tags")
+        problem, cot, answer = training_fields(row, path, chain)
         examples.append(Example(tokenizer.prompt(problem), tokenizer.encode(cot), tokenizer.end_think,
                                 tokenizer.encode(answer) + [tokenizer.end_of_turn]))
     if not examples:

@@ -27,7 +27,7 @@ import time
 import torch
 
 from analyze import load_solutions
-from data import read_jsonl, text_field
+from data import read_jsonl, training_fields
 from eval import load_problems
 from figures import draw_points, table
 from load_hf_weights import read_config
@@ -233,8 +233,7 @@ def check_chains(path: Path) -> None:
     if not rows:
         raise UserError(f"{path}: no line has a chain; name another file")
     for row in rows:
-        for key in ("problem", "cot", "cot_answer"):
-            text_field(row, key, path)
+        training_fields(row, path)
 
 
 def prepare(args, out: Path) -> None:

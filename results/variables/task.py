@@ -3,7 +3,7 @@ needed, a step for each variable, in a random order that works: `d5+2=7;b7+5=2;`
 
     python results/variables/task.py OUT             # from the repository's root: OUT/base, a small random model, and OUT/*.jsonl
     python results/variables/task.py OUT lengths     # odd digits are written twice
-    python results/variables/task.py OUT few         # of OUT/train.jsonl, OUT/few/train.jsonl (4,000) and fresh.jsonl (20,000); few/test.jsonl (4,000 more)
+    python results/variables/task.py OUT few         # OUT/few: 4,000 problems of OUT/train.jsonl, 20,000 other ones of it, and 4,000 new ones to test
 """
 
 import json

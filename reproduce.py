@@ -14,11 +14,13 @@ MAIN variants and one seed, as far as the speed of each stage tells. Writes OUT/
 import argparse
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 import gzip
 import json
+import math
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +32,7 @@ from analyze import load_solutions
 from data import read_jsonl, training_fields
 from eval import load_problems
 from figures import draw_points, table
+from grade import boxed
 from load_hf_weights import read_config
 from runs import UserError, at_least, call, file_hash, locked, open_run, parser, read_json, run_main, write_json, write_text
 
@@ -42,23 +45,33 @@ PHASE2 = "--lr 5e-4 --batch-size 128"
 OWN = "--own-share 0.5"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
 SHORT = 0.4
-SETTINGS = {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL}
+CUE = 3  # words of a problem, from which a model goes on to a new one
+WRITER = "--lr 5e-4 --batch-size 128 --epochs 3"
+WRITE = "--temperature 0.8 --top-p 0.95 --max-new-tokens 256 --batch-size 512 --samples 14"
+OWN_CHAINS = "--temperature 0 --max-new-tokens 160 --batch-size 512"
+SETTINGS = {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL, "cue": CUE, "writer": WRITER, "write": WRITE,
+            "own_chains": OWN_CHAINS}
 KEEP = "--keep 2"  # models of phase 2, and the end: what is right most often on gsm8k-valid is chosen
+ROWS = "--row-tokens 17408"
 SMOKE = "--max-steps 2 --batch-size 4"
+SMOKE_WRITE = " --max-new-tokens 8 --batch-size 4 --samples 1"
 ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents are good for, on gsm8k-test
 
 
 @dataclass
 class Variant:
     """A row of the table. r None: trained on text; phase1, phase2, sft: flags of these scripts; arms: whether to try ARMS too.
-    epochs: times those of phase 2; an ablation has SHORT of them, to be compared with r2-short."""
+
+    epochs: times those of phase 2; an ablation has SHORT of them, to be compared with r2-short. data: what phase 2, or a model of text, is
+    trained on, in as many steps whatever that is: train; small (gsm8k-train alone); fresh (train, and fresh problems with the chains that
+    CoT-SFT writes for them); own (these alone)."""
     r: int | None = 2
     phase1: str = ANCHOR
     phase2: str = f"--all-weights {OWN}"
     sft: str = ""
     arms: bool = False
     epochs: float = 1.0
-    small: bool = False  # on gsm8k-train alone
+    data: str = "train"
 
     @property
     def latents(self) -> str:
@@ -75,9 +88,14 @@ VARIANTS = {
     "answer-only": Variant(None, sft="--no-chain"),
     "CoT-SFT": Variant(None),
     "Latent-r2": Variant(2, arms=True),
-    "Latent-r2-long": Variant(2, epochs=3.0, arms=True),
+    "Latent-r2-long": Variant(2, epochs=2.0, arms=True),
     "Latent-r3": Variant(3),
     "Latent-r4": Variant(4, arms=True),
+    "CoT-SFT-fresh": Variant(None, data="fresh"),
+    "Latent-r2-fresh": Variant(2, data="fresh", arms=True),
+    "Latent-r2-fresh-long": Variant(2, data="fresh", epochs=2.0, arms=True),
+    "Latent-r2-own": Variant(2, data="own"),
+    "Latent-r4-fresh": Variant(4, data="fresh", arms=True),
     "r1-short": Variant(1, epochs=SHORT),  # as many latents as tokens: the price of latents without that of compression
     "r2-short": Variant(2, epochs=SHORT),
     "r2-no-anchor": Variant(phase1="", epochs=SHORT),
@@ -86,7 +104,7 @@ VARIANTS = {
     "r2-noise": Variant(phase2=f"--all-weights {OWN} --noise 1", epochs=SHORT),
     "r2-LoRA": Variant(phase2=OWN, epochs=SHORT),
     "r2-top1": Variant(phase1=f"{ANCHOR} --top-k 1", epochs=SHORT),
-    "r2-full-vocabulary": Variant(phase1=f"{ANCHOR} --top-k 0", epochs=SHORT, small=True),  # a cache of the whole vocabulary is large
+    "r2-full-vocabulary": Variant(phase1=f"{ANCHOR} --top-k 0", epochs=SHORT, data="small"),  # a cache of the whole vocabulary is large
     "r2-hidden-states": Variant(phase1=f"{ANCHOR} --top-k -1", epochs=SHORT),
     "r2-no-induction": Variant(phase1=f"{ANCHOR} --no-induction", epochs=SHORT),
     "r2-no-segments": Variant(phase1=f"{ANCHOR} --no-segments", epochs=SHORT),
@@ -94,34 +112,50 @@ VARIANTS = {
 MAIN = ("answer-only", "CoT-SFT", "Latent-r2", "Latent-r4")
 
 
+def lines_of(path: Path) -> list[str]:
+    with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+        return [line for line in f.read().split("\n") if line.strip()]
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    write_text(path, "".join(line + "\n" for line in lines))
+
+
 def write_data(source: Path, out: Path, smoke: bool) -> None:
     """train.jsonl (gsm8k-train three times and gsm8k-sub-train), small.jsonl (the former alone), valid.jsonl (gsm8k-valid where it has
-    chains), and the evaluation files, in `out`."""
+    chains), and the evaluation files, in `out`; cues.jsonl: of each problem of gsm8k-train the first words, with the others as a chain."""
     plain, more = source / "gsm8k-train.jsonl", source / "gsm8k-sub-train.jsonl.gz"
-
-    def lines_of(path: Path) -> list[str]:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            return [line for line in f.read().split("\n") if line.strip()]
-
-    def write(name: str, lines: list[str]) -> None:
-        write_text(out / f"{name}.jsonl", "".join(line + "\n" for line in lines))
-
     small = lines_of(plain)[:48 if smoke else None]
-    write("small", small)
-    write("train", small if smoke else 3 * small + (lines_of(more) if more.exists() else []))
+    write_lines(out / "small.jsonl", small)
+    write_lines(out / "train.jsonl", small if smoke else 3 * small + (lines_of(more) if more.exists() else []))
+    rows = [json.loads(line) for line in small]
+    cues = [(*row["problem"].split(maxsplit=CUE), row["cot_answer"]) for row in rows if len(row["problem"].split()) > CUE]
+    write_lines(out / "cues.jsonl", [json.dumps({"problem": " ".join(words), "cot": rest, "cot_answer": answer}) for *words, rest, answer in cues])
     for name in TESTS:
         lines = lines_of(source / f"{name}.jsonl")[:4 if smoke else None]
         if name == "gsm8k-valid":
-            write("valid", [line for line in lines if json.loads(line).get("cot")])
-        write(name, lines)
+            write_lines(out / "valid.jsonl", [line for line in lines if json.loads(line).get("cot")])
+        write_lines(out / f"{name}.jsonl", lines)
+
+
+def adds_up(chain: str, answer: str) -> bool:
+    """Whether a chain is of equations <<a+b=c>>, all of them right, and the last of them gives the answer."""
+    equations = re.findall(r"<<([\d.+*/()-]+)=(-?[\d.]+)>>", chain)
+    if not equations or len(equations) != chain.count("<<") or re.search(r"\*\*|[\d.)]\(", chain):  # Python's powers and calls
+        return False
+    equations.append((equations[-1][1], boxed(answer)))
+    try:
+        return all(math.isclose(eval(left), float(right), abs_tol=0.01) for left, right in equations)
+    except (ArithmeticError, SyntaxError, TypeError, ValueError):
+        return False
 
 
 def stage(script: str, flags: str, out: Path, *done: str, **paths) -> None:
-    """Calls a script that makes the directory `out`, unless the files `done` in it are there. A second reproduce.py that wants the same
-    waits until it is made."""
+    """Calls a script that makes `out`, unless that is there (of a directory: the files `done` in it). A second reproduce.py that wants the
+    same waits until it is made."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock") as lock:
-        if not all((out / name).exists() for name in done):
+        if not all((out / name).exists() for name in done or [""]):
             call(script, flags, lock, out=out, **paths)
 
 
@@ -131,20 +165,48 @@ def evaluation(flags: str, out: Path, model: Path, data: list[Path], arms: str =
     stage("eval.py", f"{flags} --arms {arms}", out, *names, model=model, data=data)
 
 
-def train_variant(name: str, v: Variant, base: Path, home: Path, data: Path, device: str, how) -> tuple[Path, Path | None]:
-    """(run, its phase 1 run or None) of a variant, trained in `home`; `how(stage)` are the flags of a stage."""
-    files = {"data": data / f"{'small' if v.small else 'train'}.jsonl", "valid": data / "valid.jsonl"}
+def fresh_problems(model: Path, data: Path, home: Path, device: str, smoke: bool) -> Path:
+    """home/problems.jsonl: problems that nobody has seen, by a model that learned to go on from the first words of gsm8k-train's."""
+    problems, cues = home / "problems.jsonl", data / "cues.jsonl"
+    if not problems.exists():
+        stage("train_sft.py", f"{WRITER} {SMOKE if smoke else ROWS} {device}", home / "writer", "finished.json", model=model, data=cues)
+        stage("distill.py", f"{WRITE} {device}" + SMOKE_WRITE * smoke, home / "written.jsonl", model=home / "writer", data=cues)
+        known = {row["problem"]: None for row in read_jsonl(data / "train.jsonl")}
+        texts = {f"{row['problem']} {row['cot']}": None for row in map(json.loads, lines_of(home / "written.jsonl"))}
+        new = [text for text in texts if text.endswith("?") and text not in known]
+        write_lines(problems, [json.dumps({"problem": text}) for text in (known if smoke else new)])  # two steps teach nobody to write
+    return problems
+
+
+def own_chains(cot_sft: Path, problems: Path, data: Path, home: Path, device: str, smoke: bool) -> None:
+    """home/own.jsonl: fresh problems with those chains that CoT-SFT writes for them which add up; home/fresh.jsonl: train.jsonl and these."""
+    if not (home / "fresh.jsonl").exists():
+        stage("distill.py", f"{OWN_CHAINS} {device}" + SMOKE_WRITE * smoke, home / "written.jsonl", model=cot_sft, data=problems)
+        given, written = lines_of(data / "train.jsonl"), lines_of(home / "written.jsonl")
+        own = given if smoke else [line for line in written if adds_up(*(json.loads(line)[key] for key in ("cot", "cot_answer")))]
+        write_lines(home / "own.jsonl", own)
+        write_lines(home / "fresh.jsonl", given + own)
+
+
+def train_variant(name: str, v: Variant, model: Path, cot_sft: Path | None, home: Path, data: Path, args, how) -> tuple[Path, Path | None]:
+    """(run, its phase 1 run or None) of a variant, trained in `home` from the checkpoint `model` or the run `cot_sft`;
+    `how(stage, file)` are the flags of a stage on a file."""
+    device, phase1 = f"--device {args.device}" if args.device else "", home / "phase1" / v.latents
+    encoder, decoder, joint, cache = (phase1 / step for step in ("encoder", "decoder", "joint", f"cache-{v.data}"))
+    files = {"data": data / "train.jsonl", "valid": data / "valid.jsonl"}
+    for step, origin in ((encoder, {"model": cot_sft}), (decoder, {"init": encoder}), (joint, {"init": decoder})) if v.r else ():
+        flags = f"--step {step.name} --compression {v.r} {v.phase1} {PHASE1} {how(step.name, **files)}"
+        stage("train_phase1.py", flags, step, "finished.json", **origin, **files)
+    if v.data in ("fresh", "own"):
+        problems = fresh_problems(model, data, home.parent / "fresh", device, args.smoke)
+        own_chains(cot_sft, problems, data, home / "fresh", device, args.smoke)
+    files["data"] = (home / "fresh" if v.data in ("fresh", "own") else data) / f"{v.data}.jsonl"
     out = home / name / "model"
     if v.r is None:
-        stage("train_sft.py", f"{SFT} {v.sft} {how('sft')}", out, "finished.json", model=base, **files)
+        stage("train_sft.py", f"{SFT} {v.sft} {how('sft', **files)}", out, "finished.json", model=model, **files)
         return out, None
-    phase1 = home / "phase1" / v.latents
-    encoder, decoder, joint, cache = (phase1 / step for step in ("encoder", "decoder", "joint", "cache"))
-    for step, origin in ((encoder, {"model": base}), (decoder, {"init": encoder}), (joint, {"init": decoder})):
-        flags = f"--step {step.name} --compression {v.r} {v.phase1} {PHASE1} {how(step.name)}"
-        stage("train_phase1.py", flags, step, "finished.json", **origin, **files)
     stage("cache_latents.py", device, cache, "cache.json", phase1=joint, data=files["data"])
-    flags = f"{PHASE2} {KEEP if v.epochs >= 1 else ''} {v.phase2} {how('phase2')}"
+    flags = f"{PHASE2} {KEEP if v.epochs >= 1 else ''} {v.phase2} {how('phase2', **files)}"
     stage("train_phase2.py", flags, out, "finished.json", phase1=joint, cache=cache, **files)
     return out, joint
 
@@ -285,24 +347,24 @@ def side_by_side(args, out: Path) -> list[str]:
 
 def train_all(args, out: Path) -> None:
     data, device = out / "data", f"--device {args.device}" if args.device else ""
-    small, whole = (sum(1 for _ in open(data / f"{name}.jsonl", encoding="utf-8")) for name in ("small", "train"))
+    num_lines = cache(lambda path: len(lines_of(path)))
     of = lambda *names: [data / f"{name}.jsonl" for name in names]
     tests = of(*(test for test in TESTS if test in (*args.tests, "gsm8k-test")))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
     flags = f"{EVAL} {device}" + (" --max-latents 8 --max-new-tokens 8 --batch-size 4" if args.smoke else "")
     for seed in args.seeds:
-        def how(stage, v):
-            epochs = EPOCHS.get(stage, 0) * args.minutes / 60 * (whole / small if v.small else 1)  # as many steps on little data
+        def how(stage, v, data, valid):
+            epochs = EPOCHS[stage] * args.minutes / 60 * num_lines(valid.with_name("train.jsonl")) / num_lines(data)  # as many steps
             epochs *= v.epochs if stage == "phase2" else 1
-            return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} --row-tokens 17408")
+            return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} {ROWS}")
         seeded, cot_sft = out / f"seed{seed}", None
         names = [name for name in VARIANTS if name in args.variants]
-        if any(VARIANTS[name].r is not None for name in names) and "CoT-SFT" not in names:
-            names.insert(0, "CoT-SFT")  # phase 1 starts there
+        if any(VARIANTS[name].r or VARIANTS[name].data in ("fresh", "own") for name in names) and "CoT-SFT" not in names:
+            names.insert(0, "CoT-SFT")  # phase 1 starts there, and it writes chains
         for name in names:
             v, home = VARIANTS[name], seeded / name
             print(f"\n{name}, seed {seed}", flush=True)
-            run, phase1 = train_variant(name, v, Path(args.model) if v.r is None else cot_sft, seeded, data, device, partial(how, v=v))
+            run, phase1 = train_variant(name, v, Path(args.model), cot_sft, seeded, data, args, partial(how, v=v))
             run = choose(run, home, flags, *of("gsm8k-valid"), gpu)
             cot_sft = run if name == "CoT-SFT" else cot_sft
             if name not in args.variants:

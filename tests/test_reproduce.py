@@ -10,6 +10,8 @@ def test_smoke(command, checkpoint, data, tmp_path):
     source.mkdir()
     for name in ("gsm8k-train", *reproduce.TESTS):
         (source / f"{name}.jsonl").write_text(data.read_text())
+    train = [json.loads(line) for line in data.read_text().splitlines()]  # cues are the first words of longer problems
+    (source / "gsm8k-train.jsonl").write_text("\n".join(json.dumps(row | {"problem": f"Tom has to say: {row['problem']}"}) for row in train))
     first, *others = data.read_text().splitlines()  # GSM8K has problems whose chain holds no equation
     (source / "gsm8k-valid.jsonl").write_text("\n".join([json.dumps(json.loads(first) | {"cot": ""}), *others]))
     arguments = ["--model", checkpoint(), "--data", source, "--out", out, "--smoke", "--device", "cpu", "--tests", "gsm8k-valid"]
@@ -28,11 +30,13 @@ def test_smoke(command, checkpoint, data, tmp_path):
     table = (out / "table.md").read_text()
     assert f"| Latent-r2 | 1 | {latent['gsm8k-valid']['accuracy']:.1f}" in table and "SMOKE" in table
     made_before = (out / "seed1" / "phase1" / "r2--w-anchor1" / "joint" / "decoder.safetensors").stat().st_mtime
-    code, printed, error = command(reproduce.main, *arguments, "--variants", "r2-LoRA", "CoT-SFT", "--jobs", 2, "--alone")  # calls of its own
+    code, printed, error = command(reproduce.main, *arguments, "--variants", "r2-LoRA", "CoT-SFT", "Latent-r2-own", "--jobs", 2, "--alone")  # calls of its own
     assert code == 0, error + (out / "r2-LoRA-1.log").read_text()
     results = json.loads((out / "results.json").read_text())
-    assert set(results["runs"]) == {"CoT-SFT", "Latent-r2", "r2-LoRA"} and "| r2-LoRA | 1 |" in printed
-    assert ["alone.gsm8k-test" in results["runs"][name]["seed1"] for name in ("CoT-SFT", "Latent-r2", "r2-LoRA")] == [True, False, True]
+    assert set(results["runs"]) == {"CoT-SFT", "Latent-r2", "Latent-r2-own", "r2-LoRA"} and "| r2-LoRA | 1 |" in printed
+    assert ["alone.gsm8k-test" in results["runs"][name]["seed1"] for name in ("CoT-SFT", "Latent-r2", "Latent-r2-own")] == [True, False, True]
+    own = json.loads((out / "seed1" / "Latent-r2-own" / "model" / "config.json").read_text())
+    assert own["data"].endswith("seed1/fresh/own.jsonl") and own["cache"].endswith("r2--w-anchor1/cache-own")
     assert (out / "seed1" / "phase1" / "r2--w-anchor1" / "joint" / "decoder.safetensors").stat().st_mtime == made_before  # shared
     (out / "seed1" / "r2-LoRA" / "eval" / "settings.json").write_text("{}")
     (out / "seed1" / "r2-LoRA" / "eval" / "gsm8k-test.json").unlink()
@@ -59,3 +63,25 @@ def test_what_is_missing_is_said(command, checkpoint, tmp_path):
         assert code == 1 and f"{name}.jsonl, line 1: the field" in error and not (tmp_path / "out").exists()
     code, _, error = command(reproduce.main, "--out", tmp_path / "nothing", "--report")
     assert code == 1 and "results.json: no such file" in error
+
+
+def test_own_chains(monkeypatch, tmp_path):
+    """Of what models write, problems that are new and ask, and chains that add up, are trained on."""
+    row = lambda problem, cot, answer: json.dumps({"problem": problem, "cot": cot, "cot_answer": answer})
+    fine = [row("c", "<<2*3=6>> <<6/4=1.50>>", "\\boxed{1.5}"), row("f", "<<(1+2)*.5=1.5>>", "\\boxed{1.5}")]
+    wrong = [row("a", "<<2*3=7>>", "\\boxed{7}"), row("b", "<<2*3=6>>", "\\boxed{7}"), row("d", "two", "\\boxed{2}"),
+             row("e", "<<9**9=9>>", "\\boxed{9}"), row("g", "<<2(3)=6>>", "\\boxed{6}"), row("h", "<<1/0=6>>", "\\boxed{6}"),
+             row("i", "<<x=6>> <<2*3=6>>", "\\boxed{6}"), row("j", "<<2*3=6>>", "six")]
+    written = {"problems": [row("Tom has", "3 eggs. How many?", "1"), row("Tom has", "3 eggs. How many?", "2"), row("Tom has", "4.", "1"),
+                            row("Tom", "asks?", "1")], "chains": [wrong[0], fine[0], *wrong[1:], fine[1]]}
+    write = lambda path, lines: path.write_text("\n".join(lines) + "\n")
+    monkeypatch.setattr(reproduce, "stage", lambda script, flags, out, *done, data, **others: write(
+        out, written["problems" if data.name == "cues.jsonl" else "chains"]) if script == "distill.py" else None)
+    given = row("Tom asks?", "<<1+1=3>>", "\\boxed{3}")  # is not looked at
+    write(tmp_path / "train.jsonl", [given])
+    (tmp_path / "fresh").mkdir()
+    problems = reproduce.fresh_problems("checkpoint", tmp_path, tmp_path / "fresh", "", smoke=False)
+    assert problems.read_text() == '{"problem": "Tom has 3 eggs. How many?"}\n'
+    reproduce.own_chains("run", problems, tmp_path, tmp_path / "fresh", "", smoke=False)
+    assert (tmp_path / "fresh" / "own.jsonl").read_text().splitlines() == fine
+    assert (tmp_path / "fresh" / "fresh.jsonl").read_text().splitlines() == [given, *fine]

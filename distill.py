@@ -4,8 +4,7 @@
     python distill.py --model runs/cot --data problems.jsonl --out own.jsonl --samples 8 --temperature 1 --top-p 1
 
 Reads {"problem"} lines, and writes {"problem", "cot", "cot_answer"} lines, in their order, of all chains that came to an end and a boxed
-answer, right or wrong. Under torchrun, ranks share the problems. A chain that its writer would write greedily is a function of the
-problem: unlike one of several that somebody might have written, it leaves a student of latents nothing to be in doubt about.
+answer, right or wrong. Under torchrun, ranks share the problems.
 """
 
 import json

@@ -3,12 +3,11 @@
     python reproduce.py --model SmolLM2-135M-Instruct --data DIR --out results/smollm2 --minutes 60
     python reproduce.py --model SmolLM2-135M-Instruct --data DIR --out results/smollm2 --seeds 1 2 --jobs 8     # two GPUs, four jobs on each
     python reproduce.py --model SmolLM2-135M-Instruct --data DIR --out smoke --smoke          # a CPU, a few rows, minutes
-    python reproduce.py --out results/smollm2 --report                                        # table and pictures again
 
 DIR holds gsm8k-train.jsonl and the files of TESTS; gsm8k-sub-train.jsonl.gz is trained on too where it is. All is
 done by the project's own scripts; what is finished is not done again. Of each Latent variant the model is chosen, out of three along
 phase 2, that is right most often on gsm8k-valid (of an ablation, the last). --minutes scale the epochs: about those of one H100 for the
-MAIN variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, OUT/table.md, OUT/length.svg and OUT/time.svg.
+MAIN variants and one seed, as far as the speed of each stage tells. Writes OUT/results.json, and by report.py OUT/table.md and two pictures.
 """
 
 import argparse
@@ -31,12 +30,11 @@ import torch
 from analyze import load_solutions
 from data import read_jsonl, training_fields
 from eval import load_problems
-from figures import draw_points, table
 from grade import boxed
 from load_hf_weights import read_config
+from report import TESTS, report
 from runs import UserError, at_least, call, file_hash, locked, open_run, parser, read_json, run_main, write_json, write_text
 
-TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
 EPOCHS = {"sft": 4.0, "encoder": 0.35, "decoder": 0.15, "joint": 1.0, "phase2": 12.0}  # in 60 minutes
 SFT = "--lr 5e-4 --batch-size 128"
 PHASE1 = "--lr 5e-4 --warmup 0.1 --batch-size 128"
@@ -77,6 +75,10 @@ class Variant:
     def latents(self) -> str:
         """Names phase 1 and its latents, which variants share that differ in phase 2 alone."""
         return f"r{self.r}{self.phase1.replace(' ', '')}"
+
+    @property
+    def fresh(self) -> bool:
+        return self.data in ("fresh", "own")
 
     @property
     def ceiling(self) -> bool:
@@ -188,25 +190,22 @@ def own_chains(cot_sft: Path, problems: Path, data: Path, home: Path, device: st
         write_lines(home / "fresh.jsonl", given + own)
 
 
-def train_variant(name: str, v: Variant, model: Path, cot_sft: Path | None, home: Path, data: Path, args, how) -> tuple[Path, Path | None]:
+def train_variant(name: str, v: Variant, model: Path, cot_sft: Path | None, home: Path, data: Path, device: str,
+                  how) -> tuple[Path, Path | None]:
     """(run, its phase 1 run or None) of a variant, trained in `home` from the checkpoint `model` or the run `cot_sft`;
-    `how(stage, file)` are the flags of a stage on a file."""
-    device, phase1 = f"--device {args.device}" if args.device else "", home / "phase1" / v.latents
+    `how(stage, files)` are the flags of a stage on them."""
+    phase1, out, chains = home / "phase1" / v.latents, home / name / "model", home / "fresh" if v.fresh else data
     encoder, decoder, joint, cache = (phase1 / step for step in ("encoder", "decoder", "joint", f"cache-{v.data}"))
     files = {"data": data / "train.jsonl", "valid": data / "valid.jsonl"}
     for step, origin in ((encoder, {"model": cot_sft}), (decoder, {"init": encoder}), (joint, {"init": decoder})) if v.r else ():
-        flags = f"--step {step.name} --compression {v.r} {v.phase1} {PHASE1} {how(step.name, **files)}"
+        flags = f"--step {step.name} --compression {v.r} {v.phase1} {PHASE1} {how(step.name, files)}"
         stage("train_phase1.py", flags, step, "finished.json", **origin, **files)
-    if v.data in ("fresh", "own"):
-        problems = fresh_problems(model, data, home.parent / "fresh", device, args.smoke)
-        own_chains(cot_sft, problems, data, home / "fresh", device, args.smoke)
-    files["data"] = (home / "fresh" if v.data in ("fresh", "own") else data) / f"{v.data}.jsonl"
-    out = home / name / "model"
+    files["data"] = chains / f"{v.data}.jsonl"
     if v.r is None:
-        stage("train_sft.py", f"{SFT} {v.sft} {how('sft', **files)}", out, "finished.json", model=model, **files)
+        stage("train_sft.py", f"{SFT} {v.sft} {how('sft', files)}", out, "finished.json", model=model, **files)
         return out, None
     stage("cache_latents.py", device, cache, "cache.json", phase1=joint, data=files["data"])
-    flags = f"{PHASE2} {KEEP if v.epochs >= 1 else ''} {v.phase2} {how('phase2', **files)}"
+    flags = f"{PHASE2} {KEEP if v.epochs >= 1 else ''} {v.phase2} {how('phase2', files)}"
     stage("train_phase2.py", flags, out, "finished.json", phase1=joint, cache=cache, **files)
     return out, joint
 
@@ -255,8 +254,8 @@ def collect(out: Path) -> dict:
 
 def main():
     p = parser(__doc__, seed=False)
-    p.add_argument("--model", help="checkpoint directory to start from")
-    p.add_argument("--data", help="directory of the data files")
+    p.add_argument("--model", required=True, help="checkpoint directory to start from")
+    p.add_argument("--data", required=True, help="directory of the data files")
     p.add_argument("--out", required=True, help="directory of everything that is made")
     p.add_argument("--minutes", type=at_least(1, float), default=60,
                    help="scale the epochs; an estimate of one H100's for the main variants and one seed")
@@ -267,26 +266,22 @@ def main():
     p.add_argument("--alone", action=argparse.BooleanOptionalAction, default=False,
                    help="take the seconds per problem anew, with --jobs, where variants disturb each other, after all are trained, one by one")
     p.add_argument("--smoke", action="store_true", help="two steps on a few rows, to see that everything runs")
-    p.add_argument("--report", action="store_true", help="only table and pictures, from results.json")
     args = p.parse_args()
     out = Path(args.out)
-    if not args.report:
-        if not (args.model and args.data):
-            raise UserError("--model, --data: name the checkpoint directory and that of the data (or --report)")
-        if args.jobs > 1 and args.device not in (None, "cpu", "cuda"):
-            raise UserError(f"--device {args.device}: leave it out, --jobs takes the GPUs in turn")
-        prepare(args, out)
-        failed = side_by_side(args, out) if args.jobs > 1 else []
-        if args.jobs == 1 or args.alone and not failed:
-            train_all(args, out)
-        write_json(out / "results.json", {
-            "model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
-            "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
-            "settings": SETTINGS | {"variants": {name: vars(v) for name, v in VARIANTS.items()}},
-            "runs": collect(out)})
-        if failed:
-            raise UserError(f"{len(failed)} calls failed, of which {', '.join(failed)} tell; mend that and start the command again")
-    report(read_json(out / "results.json"), out)
+    if args.jobs > 1 and args.device not in (None, "cpu", "cuda"):
+        raise UserError(f"--device {args.device}: leave it out, --jobs takes the GPUs in turn")
+    prepare(args, out)
+    failed = side_by_side(args, out) if args.jobs > 1 else []
+    if args.jobs == 1 or args.alone and not failed:
+        train_all(args, out)
+    write_json(out / "results.json", {
+        "model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
+        "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
+        "settings": SETTINGS | {"variants": {name: vars(v) for name, v in VARIANTS.items()}},
+        "runs": collect(out)})
+    if failed:
+        raise UserError(f"{len(failed)} calls failed, of which {', '.join(failed)} tell; mend that and start the command again")
+    report(out)
 
 
 def check_chains(path: Path) -> None:
@@ -352,19 +347,23 @@ def train_all(args, out: Path) -> None:
     tests = of(*(test for test in TESTS if test in (*args.tests, "gsm8k-test")))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
     flags = f"{EVAL} {device}" + (" --max-latents 8 --max-new-tokens 8 --batch-size 4" if args.smoke else "")
+    if any(VARIANTS[name].fresh for name in args.variants):
+        problems = fresh_problems(Path(args.model), data, out / "fresh", device, args.smoke)
     for seed in args.seeds:
-        def how(stage, v, data, valid):
-            epochs = EPOCHS[stage] * args.minutes / 60 * num_lines(valid.with_name("train.jsonl")) / num_lines(data)  # as many steps
+        def how(stage, files, v):
+            epochs = EPOCHS[stage] * args.minutes / 60 * num_lines(data / "train.jsonl") / num_lines(files["data"])  # as many steps
             epochs *= v.epochs if stage == "phase2" else 1
             return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} {ROWS}")
         seeded, cot_sft = out / f"seed{seed}", None
         names = [name for name in VARIANTS if name in args.variants]
-        if any(VARIANTS[name].r or VARIANTS[name].data in ("fresh", "own") for name in names) and "CoT-SFT" not in names:
+        if any(VARIANTS[name].r or VARIANTS[name].fresh for name in names) and "CoT-SFT" not in names:
             names.insert(0, "CoT-SFT")  # phase 1 starts there, and it writes chains
         for name in names:
             v, home = VARIANTS[name], seeded / name
             print(f"\n{name}, seed {seed}", flush=True)
-            run, phase1 = train_variant(name, v, Path(args.model), cot_sft, seeded, data, args, partial(how, v=v))
+            if v.fresh:
+                own_chains(cot_sft, problems, data, seeded / "fresh", device, args.smoke)
+            run, phase1 = train_variant(name, v, Path(args.model), cot_sft, seeded, data, device, partial(how, v=v))
             run = choose(run, home, flags, *of("gsm8k-valid"), gpu)
             cot_sft = run if name == "CoT-SFT" else cot_sft
             if name not in args.variants:
@@ -380,41 +379,6 @@ def train_all(args, out: Path) -> None:
                           data=solutions)
             if args.alone:
                 evaluation(flags, home / "alone", run, of("gsm8k-test"))
-
-
-def report(found: dict, out: Path) -> None:
-    """table.md, length.svg and time.svg from results.json."""
-    if not found["runs"]:
-        raise UserError(f"{out}: nothing has been measured yet; train a variant first")
-    runs = [(name, seed.removeprefix("seed"), s) for name, seeds in found["runs"].items() for seed, s in seeds.items()]
-    tests = [t for t in TESTS if any(t in s for *_, s in runs)]
-    percent = lambda s: f"{s['accuracy']:.1f} ± {s['interval']:.1f}"
-    rows, arms, held, points = [], [], [], []
-    for name, seed, s in runs:
-        test, alone, made = s["gsm8k-test"], s.get("alone.gsm8k-test"), s["made"]
-        seconds = (alone or test)["seconds_per_problem"]
-        points.append((name, test | {"seconds_per_problem": seconds}))
-        ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("phase1.valid.written", "student.valid.written")]
-        rows.append([name, seed, *(percent(s[t]) if t in s else "" for t in tests), f"{test['chain_length']:.1f}",
-                     f"{1000 * seconds:.2f}{' alone' * bool(alone)}", *ceilings, made["device"]])
-        arms += [[name, seed, key.split(".", 1)[1], percent(x), f"{x['chain_length']:.1f}", f"{x['answer_tokens']:.1f}"]
-                 for key, x in s.items() if key.startswith("gsm8k-test.")]
-        if "ecr@5" in (own := s.get("gsm8k-valid", {})):
-            paths = s.get("n_eff", {})
-            held.append([name, seed, *(f"{own[key]:.2f}" if key in own else "" for key in ("ecr@5", "ecr@10", "entropy")),
-                         *(f"{paths[key]:.3f}" if key in paths else "" for key in ("n_eff", "random")), str(paths.get("problems", ""))])
-    parts = [f"{found['model']}, " + ("SMOKE: two steps of everything" if found["smoke"] else f"a budget of {found['minutes']:g} minutes") + "\n",
-             table(["", "seed", *(f"{t} %" for t in tests), "#L, gsm8k-test", "ms per problem", "phase 1 on valid %",
-                    "student, its latents", "on"], rows)]
-    if arms:
-        parts.append(table(["gsm8k-test", "seed", "arm", "accuracy %", "#L", "answer tokens"], arms))
-    if held:
-        parts.append(table(["latents, gsm8k-valid", "seed", "ECR@5", "ECR@10", "entropy, nats", "N_eff", "random", "problems"], held))
-    write_text(out / "table.md", text := "\n".join(parts))
-    for file, key, scale, label in (("length.svg", "chain_length", 1, "chain length, tokens or latents"),
-                                    ("time.svg", "seconds_per_problem", 1000, "milliseconds per problem")):
-        draw_points(out / file, [(name, scale * s[key], s["accuracy"], s["interval"]) for name, s in points], label, "accuracy on gsm8k-test, %")
-    print(f"\n{text}\n{out}/results.json, {out}/table.md, {out}/length.svg, {out}/time.svg")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from sample import Sampler, Sampling
 from test_cache import phase1, phase2_arguments
 from test_sample import prompts
 from test_training import examples, lively, mean_loss, merged_hf, theirs  # noqa: F401
-import train_phase1
 from train_phase1 import Encoder, Phase1, load_encoder
 from train_phase2 import LatentExample, Phase2
 import train_phase2

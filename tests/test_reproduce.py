@@ -2,6 +2,7 @@
 
 import json
 
+import report
 import reproduce
 
 
@@ -30,28 +31,26 @@ def test_smoke(command, checkpoint, data, tmp_path):
     table = (out / "table.md").read_text()
     assert f"| Latent-r2 | 1 | {latent['gsm8k-valid']['accuracy']:.1f}" in table and "SMOKE" in table
     made_before = (out / "seed1" / "phase1" / "r2--w-anchor1" / "joint" / "decoder.safetensors").stat().st_mtime
-    code, printed, error = command(reproduce.main, *arguments, "--variants", "r2-LoRA", "CoT-SFT", "Latent-r2-own", "--jobs", 2, "--alone")  # calls of its own
-    assert code == 0, error + (out / "r2-LoRA-1.log").read_text()
+    code, printed, error = command(reproduce.main, *arguments, "--variants", "Latent-r2-own", "CoT-SFT", "--jobs", 2, "--alone")  # calls of its own
+    assert code == 0, error + (out / "Latent-r2-own-1.log").read_text()
     results = json.loads((out / "results.json").read_text())
-    assert set(results["runs"]) == {"CoT-SFT", "Latent-r2", "Latent-r2-own", "r2-LoRA"} and "| r2-LoRA | 1 |" in printed
+    assert set(results["runs"]) == {"CoT-SFT", "Latent-r2", "Latent-r2-own"} and "| Latent-r2-own | 1 |" in printed
     assert ["alone.gsm8k-test" in results["runs"][name]["seed1"] for name in ("CoT-SFT", "Latent-r2", "Latent-r2-own")] == [True, False, True]
     own = json.loads((out / "seed1" / "Latent-r2-own" / "model" / "config.json").read_text())
     assert own["data"].endswith("seed1/fresh/own.jsonl") and own["cache"].endswith("r2--w-anchor1/cache-own")
     assert (out / "seed1" / "phase1" / "r2--w-anchor1" / "joint" / "decoder.safetensors").stat().st_mtime == made_before  # shared
-    (out / "seed1" / "r2-LoRA" / "eval" / "settings.json").write_text("{}")
-    (out / "seed1" / "r2-LoRA" / "eval" / "gsm8k-test.json").unlink()
-    code, _, error = command(reproduce.main, *arguments, "--variants", "r2-LoRA", "CoT-SFT", "--jobs", 2)
-    assert code == 1 and "1 calls failed, of which" in error and "another evaluation" in (out / "r2-LoRA-1.log").read_text()
+    (out / "seed1" / "Latent-r2-own" / "eval" / "settings.json").write_text("{}")
+    (out / "seed1" / "Latent-r2-own" / "eval" / "gsm8k-test.json").unlink()
+    code, _, error = command(reproduce.main, *arguments, "--variants", "Latent-r2-own", "CoT-SFT", "--jobs", 2)
+    assert code == 1 and "1 calls failed, of which" in error and "another evaluation" in (out / "Latent-r2-own-1.log").read_text()
     results["runs"]["Latent-r2"]["seed1"]["gsm8k-valid"]["accuracy"] = 12.3
     (out / "results.json").write_text(json.dumps(results))
-    assert command(reproduce.main, "--out", out, "--report")[0] == 0
+    assert command(report.main, out)[0] == 0
     assert "| Latent-r2 | 1 | 12.3" in (out / "table.md").read_text()
     assert all((out / name).read_text().startswith("<svg") for name in ("length.svg", "time.svg"))
 
 
 def test_what_is_missing_is_said(command, checkpoint, tmp_path):
-    code, _, error = command(reproduce.main, "--out", tmp_path / "out", "--model", checkpoint())
-    assert code == 1 and "--model, --data: name" in error
     code, _, error = command(reproduce.main, "--out", tmp_path / "out", "--model", checkpoint(), "--data", tmp_path)
     assert code == 1 and "gsm8k-train.jsonl: no such file" in error and not (tmp_path / "out").exists()
     for name, row in (("svamp-test", {"problem": "1+1"}), ("gsm8k-train", {"problem": "1+1", "cot_answer": "2"}),
@@ -61,7 +60,7 @@ def test_what_is_missing_is_said(command, checkpoint, tmp_path):
             (tmp_path / f"{file}.jsonl").write_text(json.dumps(line))
         code, _, error = command(reproduce.main, "--out", tmp_path / "out", "--model", checkpoint(), "--data", tmp_path)
         assert code == 1 and f"{name}.jsonl, line 1: the field" in error and not (tmp_path / "out").exists()
-    code, _, error = command(reproduce.main, "--out", tmp_path / "nothing", "--report")
+    code, _, error = command(report.main, tmp_path / "nothing")
     assert code == 1 and "results.json: no such file" in error
 
 

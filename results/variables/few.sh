@@ -22,14 +22,5 @@ phase2() {  # its data, name, flags
 phase2 few/train.jsonl cached
 phase2 few/train.jsonl own --own-share 0.5
 # the chains that this CoT-SFT model writes for 20,000 problems it has not seen, right or wrong
-$X $S/eval.py --model few/cot --data few/fresh.jsonl $W --out few/written
-$X - <<'P'
-import json
-with open("few/written.jsonl", "w") as f:
-    for line in open("few/written/fresh.predictions.jsonl"):
-        p = json.loads(line)
-        answer = p["answer"].strip()
-        if p["finished"] and p["chain"].strip() and answer.startswith("\\boxed{") and answer.endswith("}"):
-            f.write(json.dumps({"problem": p["problem"], "cot": p["chain"].strip(), "cot_answer": answer}) + "\n")
-P
+$X $S/distill.py --model few/cot --data few/fresh.jsonl $W --out few/written.jsonl
 phase2 few/written.jsonl own-on-written --own-share 0.5

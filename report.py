@@ -2,7 +2,7 @@
 
     python report.py results/smollm2-14min
 
-Reads DIR/results.json; writes DIR/table.md, DIR/length.svg and DIR/time.svg.
+Reads DIR/results.json; writes DIR/table.md, DIR/length.svg and DIR/time.svg (of variants timed alone, where there are any).
 """
 
 from pathlib import Path
@@ -15,16 +15,19 @@ TESTS = ("gsm8k-valid", "gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard
 
 def report(out: Path) -> None:
     found = read_json(out / "results.json")
-    if not found["runs"]:
-        raise UserError(f"{out}: nothing has been measured yet; train a variant first")
+    if not isinstance(found.get("runs"), dict) or not found["runs"]:
+        raise UserError(f"{out}/results.json: holds no runs of reproduce.py; name another directory, or train a variant first")
     runs = [(name, seed.removeprefix("seed"), s) for name, seeds in found["runs"].items() for seed, s in seeds.items()]
+    for name, seed, s in runs:
+        if not {"gsm8k-test", "made"} <= s.keys():
+            raise UserError(f"{out}/results.json: {name}, seed {seed}, lacks \"gsm8k-test\" or \"made\"; let reproduce.py make it again")
     tests = [t for t in TESTS if any(t in s for *_, s in runs)]
     percent = lambda s: f"{s['accuracy']:.1f} ± {s['interval']:.1f}"
     rows, arms, held, points = [], [], [], []
     for name, seed, s in runs:
         test, alone, made = s["gsm8k-test"], s.get("alone.gsm8k-test"), s["made"]
         seconds = (alone or test)["seconds_per_problem"]
-        points.append((name, test | {"seconds_per_problem": seconds}))
+        points.append((name, bool(alone), test | {"seconds_per_problem": seconds}))
         ceilings = [f"{s[key]['accuracy']:.1f}" if key in s else "" for key in ("phase1.valid.written", "student.valid.written")]
         rows.append([name, seed, *(percent(s[t]) if t in s else "" for t in tests), f"{test['chain_length']:.1f}",
                      f"{1000 * seconds:.2f}{' alone' * bool(alone)}", *ceilings, made["device"]])
@@ -42,10 +45,11 @@ def report(out: Path) -> None:
     if held:
         parts.append(table(["latents, gsm8k-valid", "seed", "ECR@5", "ECR@10", "entropy, nats", "N_eff", "random", "problems"], held))
     write_text(out / "table.md", text := "\n".join(parts))
-    for file, key, scale, label in (("length.svg", "chain_length", 1, "chain length, tokens or latents"),
-                                    ("time.svg", "seconds_per_problem", 1000, "milliseconds per problem")):
-        draw_points(out / file, [(name, scale * s[key], s["accuracy"], s["interval"]) for name, s in points], label, "accuracy on gsm8k-test, %")
-    print(f"\n{text}\n{out}/results.json, {out}/table.md, {out}/length.svg, {out}/time.svg")
+    timed = [point for point in points if point[1]] or points  # beside other work a time means little
+    for file, key, scale, label, of in (("length.svg", "chain_length", 1, "chain length, tokens or latents", points),
+                                        ("time.svg", "seconds_per_problem", 1000, "milliseconds per problem", timed)):
+        draw_points(out / file, [(name, scale * s[key], s["accuracy"], s["interval"]) for name, _, s in of], label, "accuracy on gsm8k-test, %")
+    print(f"\n{text}\n{out}/table.md, {out}/length.svg, {out}/time.svg")
 
 
 def main():

@@ -31,7 +31,7 @@ from analyze import load_solutions
 from data import read_jsonl, training_fields
 from eval import load_problems
 from grade import boxed
-from load_hf_weights import read_config
+from load_hf_weights import read_config, resolve
 from report import TESTS, report
 from runs import UserError, at_least, call, file_hash, locked, open_run, parser, read_json, run_main, write_json, write_text
 
@@ -52,7 +52,7 @@ SETTINGS = {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eva
 KEEP = "--keep 2"  # models of phase 2, and the end: what is right most often on gsm8k-valid is chosen
 ROWS = "--row-tokens 17408"
 SMOKE = "--max-steps 2 --batch-size 4"
-SMOKE_WRITE = " --max-new-tokens 8 --batch-size 4 --samples 1"
+SMOKE_WRITE = "--max-new-tokens 8 --batch-size 4 --samples 1"  # stands behind other flags, and counts
 ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents are good for, on gsm8k-test
 
 
@@ -141,23 +141,24 @@ def write_data(source: Path, out: Path, smoke: bool) -> None:
 
 
 def adds_up(chain: str, answer: str) -> bool:
-    """Whether a chain is of equations <<a+b=c>>, all of them right, and the last of them gives the answer."""
-    equations = re.findall(r"<<([\d.+*/()-]+)=(-?[\d.]+)>>", chain)
-    if not equations or len(equations) != chain.count("<<") or re.search(r"\*\*|[\d.)]\(", chain):  # Python's powers and calls
+    """Whether a chain is equations <<a+b=c>> and nothing else, all of them right, and the last of them gives the answer."""
+    equation = r"<<([\d.+*/()-]+)=(-?[\d.]+)>>"
+    equations = re.findall(equation, chain)
+    if not equations or re.sub(equation, "", chain).strip() or re.search(r"\*\*|//|[\d.)]\(", chain):  # Python's powers, floors and calls
         return False
     equations.append((equations[-1][1], boxed(answer)))
     try:
         return all(math.isclose(eval(left), float(right), abs_tol=0.01) for left, right in equations)
-    except (ArithmeticError, SyntaxError, TypeError, ValueError):
+    except (ArithmeticError, MemoryError, RecursionError, SyntaxError, TypeError, ValueError):
         return False
 
 
 def stage(script: str, flags: str, out: Path, *done: str, **paths) -> None:
-    """Calls a script that makes `out`, unless that is there (of a directory: the files `done` in it). A second reproduce.py that wants the
-    same waits until it is made."""
+    """Calls a script that makes the directory `out`, unless the files `done` in it are there. A second reproduce.py that wants the same
+    waits until it is made."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.parent / f".{out.name}.lock") as lock:
-        if not all((out / name).exists() for name in done or [""]):
+        if not all((out / name).exists() for name in done):
             call(script, flags, lock, out=out, **paths)
 
 
@@ -167,25 +168,37 @@ def evaluation(flags: str, out: Path, model: Path, data: list[Path], arms: str =
     stage("eval.py", f"{flags} --arms {arms}", out, *names, model=model, data=data)
 
 
+def written(flags: str, out: Path, smoke: bool, **paths) -> list[dict]:
+    """What distill.py writes with these flags: in smoke mode little or nothing, since two steps teach nobody to write."""
+    stage("distill.py", f"{flags} {SMOKE_WRITE}" if smoke else flags, out, "chains.jsonl", **paths)
+    return [json.loads(line) for line in lines_of(out / "chains.jsonl")]
+
+
 def fresh_problems(model: Path, data: Path, home: Path, device: str, smoke: bool) -> Path:
-    """home/problems.jsonl: problems that nobody has seen, by a model that learned to go on from the first words of gsm8k-train's."""
+    """home/problems.jsonl: problems that are in no file of `data`, by a model that learned to go on from the first words of gsm8k-train's.
+
+    Words are parted by single spaces. In smoke mode, those of train.jsonl."""
     problems, cues = home / "problems.jsonl", data / "cues.jsonl"
     if not problems.exists():
         stage("train_sft.py", f"{WRITER} {SMOKE if smoke else ROWS} {device}", home / "writer", "finished.json", model=model, data=cues)
-        stage("distill.py", f"{WRITE} {device}" + SMOKE_WRITE * smoke, home / "written.jsonl", model=home / "writer", data=cues)
-        known = {row["problem"]: None for row in read_jsonl(data / "train.jsonl")}
-        texts = {f"{row['problem']} {row['cot']}": None for row in map(json.loads, lines_of(home / "written.jsonl"))}
-        new = [text for text in texts if text.endswith("?") and text not in known]
-        write_lines(problems, [json.dumps({"problem": text}) for text in (known if smoke else new)])  # two steps teach nobody to write
+        rows = written(f"{WRITE} {device}", home / "written", smoke, model=home / "writer", data=cues)
+        texts = dict.fromkeys(" ".join(f"{row['problem']} {row['cot']}".split()) for row in rows)
+        known = {name: {" ".join(row["problem"].split()) for row in read_jsonl(data / f"{name}.jsonl")} for name in ("train", *TESTS)}
+        new = [text for text in texts if text.endswith("?") and not any(text in of_file for of_file in known.values())]
+        if not (new := sorted(known["train"]) if smoke else new):
+            raise UserError(f"{home}/written: holds no new question; take more data, in another --out")
+        write_lines(problems, [json.dumps({"problem": text}) for text in new])
     return problems
 
 
 def own_chains(cot_sft: Path, problems: Path, data: Path, home: Path, device: str, smoke: bool) -> None:
-    """home/own.jsonl: fresh problems with those chains that CoT-SFT writes for them which add up; home/fresh.jsonl: train.jsonl and these."""
+    """home/own.jsonl: fresh problems with those chains that CoT-SFT writes for them which add up (in smoke mode, train.jsonl);
+    home/fresh.jsonl: train.jsonl and these."""
     if not (home / "fresh.jsonl").exists():
-        stage("distill.py", f"{OWN_CHAINS} {device}" + SMOKE_WRITE * smoke, home / "written.jsonl", model=cot_sft, data=problems)
-        given, written = lines_of(data / "train.jsonl"), lines_of(home / "written.jsonl")
-        own = given if smoke else [line for line in written if adds_up(*(json.loads(line)[key] for key in ("cot", "cot_answer")))]
+        rows = written(f"{OWN_CHAINS} {device}", home / "written", smoke, model=cot_sft, data=problems)
+        given, own = lines_of(data / "train.jsonl"), [json.dumps(row) for row in rows if adds_up(row["cot"], row["cot_answer"])]
+        if not (own := given if smoke else own):
+            raise UserError(f"{home}/written: holds no chain that adds up; take more data or --minutes, in another --out")
         write_lines(home / "own.jsonl", own)
         write_lines(home / "fresh.jsonl", given + own)
 
@@ -193,9 +206,9 @@ def own_chains(cot_sft: Path, problems: Path, data: Path, home: Path, device: st
 def train_variant(name: str, v: Variant, model: Path, cot_sft: Path | None, home: Path, data: Path, device: str,
                   how) -> tuple[Path, Path | None]:
     """(run, its phase 1 run or None) of a variant, trained in `home` from the checkpoint `model` or the run `cot_sft`;
-    `how(stage, files)` are the flags of a stage on them."""
+    `how(step, files)` are the flags of a step of it on these files."""
     phase1, out, chains = home / "phase1" / v.latents, home / name / "model", home / "fresh" if v.fresh else data
-    encoder, decoder, joint, cache = (phase1 / step for step in ("encoder", "decoder", "joint", f"cache-{v.data}"))
+    encoder, decoder, joint, cached = (phase1 / step for step in ("encoder", "decoder", "joint", f"cache-{v.data}"))
     files = {"data": data / "train.jsonl", "valid": data / "valid.jsonl"}
     for step, origin in ((encoder, {"model": cot_sft}), (decoder, {"init": encoder}), (joint, {"init": decoder})) if v.r else ():
         flags = f"--step {step.name} --compression {v.r} {v.phase1} {PHASE1} {how(step.name, files)}"
@@ -204,9 +217,9 @@ def train_variant(name: str, v: Variant, model: Path, cot_sft: Path | None, home
     if v.r is None:
         stage("train_sft.py", f"{SFT} {v.sft} {how('sft', files)}", out, "finished.json", model=model, **files)
         return out, None
-    stage("cache_latents.py", device, cache, "cache.json", phase1=joint, data=files["data"])
+    stage("cache_latents.py", device, cached, "cache.json", phase1=joint, data=files["data"])
     flags = f"{PHASE2} {KEEP if v.epochs >= 1 else ''} {v.phase2} {how('phase2', files)}"
-    stage("train_phase2.py", flags, out, "finished.json", phase1=joint, cache=cache, **files)
+    stage("train_phase2.py", flags, out, "finished.json", phase1=joint, cache=cached, **files)
     return out, joint
 
 
@@ -248,7 +261,10 @@ def collect(out: Path) -> dict:
         found = {part + file.stem: read_json(file) for part, file in files if file.name != "settings.json"}
         if (home / "n_eff" / "n_eff.json").exists():
             found["n_eff"] = read_json(home / "n_eff" / "n_eff.json")
-        runs.setdefault(home.name, {})[home.parent.name] = found | {"made": read_json(home / "chosen.json")}
+        made = read_json(home / "chosen.json")
+        if VARIANTS[home.name].fresh:
+            made["own_chains"] = len(lines_of(home.parent / "fresh" / "own.jsonl"))
+        runs.setdefault(home.name, {})[home.parent.name] = found | {"made": made}
     return runs
 
 
@@ -297,7 +313,7 @@ def prepare(args, out: Path) -> None:
     """Makes `out` with its data, or checks that it belongs to the same model, data and budget."""
     source = Path(args.data)
     files = [source / "gsm8k-train.jsonl", *filter(Path.exists, [source / "gsm8k-sub-train.jsonl.gz"]), *(source / f"{t}.jsonl" for t in TESTS)]
-    read_config(args.model)
+    read_config(resolve(args.model)[0])
     for file in () if (out / "config.json").exists() else files:  # said before OUT belongs to them; later their hash is compared
         if file.stem in TESTS:
             load_problems(file)
@@ -350,9 +366,9 @@ def train_all(args, out: Path) -> None:
     if any(VARIANTS[name].fresh for name in args.variants):
         problems = fresh_problems(Path(args.model), data, out / "fresh", device, args.smoke)
     for seed in args.seeds:
-        def how(stage, files, v):
-            epochs = EPOCHS[stage] * args.minutes / 60 * num_lines(data / "train.jsonl") / num_lines(files["data"])  # as many steps
-            epochs *= v.epochs if stage == "phase2" else 1
+        def how(step, files, v):
+            epochs = EPOCHS[step] * args.minutes / 60 * num_lines(data / "train.jsonl") / num_lines(files["data"])  # as many steps
+            epochs *= v.epochs if step == "phase2" else 1
             return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} {ROWS}")
         seeded, cot_sft = out / f"seed{seed}", None
         names = [name for name in VARIANTS if name in args.variants]

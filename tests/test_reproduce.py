@@ -2,8 +2,11 @@
 
 import json
 
+import pytest
+
 import report
 import reproduce
+from runs import UserError
 
 
 def test_smoke(command, checkpoint, data, tmp_path):
@@ -62,6 +65,10 @@ def test_what_is_missing_is_said(command, checkpoint, tmp_path):
         assert code == 1 and f"{name}.jsonl, line 1: the field" in error and not (tmp_path / "out").exists()
     code, _, error = command(report.main, tmp_path / "nothing")
     assert code == 1 and "results.json: no such file" in error
+    for text in ('{"runs": {}}', '{"accuracy": 1}', '{"runs": {"CoT-SFT": {"seed1": {"gsm8k-test": {}}}}}'):
+        (tmp_path / "results.json").write_text(text)
+        code, _, error = command(report.main, tmp_path)
+        assert code == 1 and "results.json: " in error and "reproduce.py" in error
 
 
 def test_own_chains(monkeypatch, tmp_path):
@@ -70,17 +77,27 @@ def test_own_chains(monkeypatch, tmp_path):
     fine = [row("c", "<<2*3=6>> <<6/4=1.50>>", "\\boxed{1.5}"), row("f", "<<(1+2)*.5=1.5>>", "\\boxed{1.5}")]
     wrong = [row("a", "<<2*3=7>>", "\\boxed{7}"), row("b", "<<2*3=6>>", "\\boxed{7}"), row("d", "two", "\\boxed{2}"),
              row("e", "<<9**9=9>>", "\\boxed{9}"), row("g", "<<2(3)=6>>", "\\boxed{6}"), row("h", "<<1/0=6>>", "\\boxed{6}"),
-             row("i", "<<x=6>> <<2*3=6>>", "\\boxed{6}"), row("j", "<<2*3=6>>", "six")]
+             row("i", "<<x=6>> <<2*3=6>>", "\\boxed{6}"), row("j", "<<2*3=6>>", "six"), row("k", "<<2**3=8>>", "\\boxed{8}"),
+             row("l", "<<7//2=3>>", "\\boxed{3}"), row("m", "so <<2*3=6>>", "\\boxed{6}"), row("n", f"<<{9000 * '-'}6=6>>", "\\boxed{6}")]
     written = {"problems": [row("Tom has", "3 eggs. How many?", "1"), row("Tom has", "3 eggs. How many?", "2"), row("Tom has", "4.", "1"),
-                            row("Tom", "asks?", "1")], "chains": [wrong[0], fine[0], *wrong[1:], fine[1]]}
-    write = lambda path, lines: path.write_text("\n".join(lines) + "\n")
+                            row("Tom", "asks?", "1"), row("Tom", "is  tested?", "1")], "chains": [wrong[0], fine[0], *wrong[1:], fine[1]]}
+    write = lambda path, lines: (path.parent.mkdir(parents=True, exist_ok=True), path.write_text("\n".join(lines) + "\n"))
     monkeypatch.setattr(reproduce, "stage", lambda script, flags, out, *done, data, **others: write(
-        out, written["problems" if data.name == "cues.jsonl" else "chains"]) if script == "distill.py" else None)
-    given = row("Tom asks?", "<<1+1=3>>", "\\boxed{3}")  # is not looked at
+        out / "chains.jsonl", written["problems" if data.name == "cues.jsonl" else "chains"]) if script == "distill.py" else None)
+    given = row("Tom  asks?", "<<1+1=3>>", "\\boxed{3}")  # is not looked at
     write(tmp_path / "train.jsonl", [given])
-    (tmp_path / "fresh").mkdir()
+    for name in reproduce.TESTS:
+        write(tmp_path / f"{name}.jsonl", [row("Tom is tested?", "", "1")])
+    written["problems"], found = [row("Tom has", "4.", "1")], written["problems"]
+    with pytest.raises(UserError, match="holds no new question"):
+        reproduce.fresh_problems("checkpoint", tmp_path, tmp_path / "fresh", "", smoke=False)
+    written["problems"] = found
     problems = reproduce.fresh_problems("checkpoint", tmp_path, tmp_path / "fresh", "", smoke=False)
     assert problems.read_text() == '{"problem": "Tom has 3 eggs. How many?"}\n'
+    written["chains"], found = wrong, written["chains"]
+    with pytest.raises(UserError, match="holds no chain that adds up"):
+        reproduce.own_chains("run", problems, tmp_path, tmp_path / "fresh", "", smoke=False)
+    written["chains"] = found
     reproduce.own_chains("run", problems, tmp_path, tmp_path / "fresh", "", smoke=False)
     assert (tmp_path / "fresh" / "own.jsonl").read_text().splitlines() == fine
     assert (tmp_path / "fresh" / "fresh.jsonl").read_text().splitlines() == [given, *fine]

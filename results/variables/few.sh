@@ -22,5 +22,5 @@ phase2() {  # its data, name, flags
 phase2 few/train.jsonl cached
 phase2 few/train.jsonl own --own-share 0.5
 # the chains that this CoT-SFT model writes for 20,000 problems it has not seen, right or wrong
-$X $S/distill.py --model few/cot --data few/fresh.jsonl $W --out few/written.jsonl
-phase2 few/written.jsonl own-on-written --own-share 0.5
+$X $S/distill.py --model few/cot --data few/fresh.jsonl $W --out few/written
+phase2 few/written/chains.jsonl own-on-written --own-share 0.5

@@ -205,6 +205,8 @@ def sampled(model, tokenizer, problems, args, settings, path: Path, rank: int, w
     if dist.is_initialized():
         dist.barrier()
     everything = Done(path, rank)
+    if dist.is_initialized():
+        dist.barrier()  # all have read it before anybody removes it
     return everything.results, everything.seconds
 
 

@@ -223,8 +223,9 @@ def train_variant(name: str, v: Variant, model: Path, cot_sft: Path | None, home
     return out, joint
 
 
-def choose(run: Path, home: Path, flags: str, valid: Path, gpu: str) -> Path:
-    """Of a run and what it kept on its way, the model that is right most often on gsm8k-valid; home/chosen.json tells of all, and of `gpu`."""
+def choose(v: Variant, run: Path, home: Path, flags: str, valid: Path, gpu: str) -> Path:
+    """Of a run and what it kept on its way, the model that is right most often on gsm8k-valid; home/chosen.json tells of all, and how it was
+    made."""
     chosen = home / "chosen.json"
     if chosen.exists():
         return next(model for model in (run, *run.glob("step-*")) if model.name == read_json(chosen)["chosen"])
@@ -233,7 +234,7 @@ def choose(run: Path, home: Path, flags: str, valid: Path, gpu: str) -> Path:
         evaluation(flags, home / f"valid-{model.name}", model, [valid])
         found[model.name] = read_json(home / f"valid-{model.name}" / f"{valid.stem}.json")["accuracy"]
     best = max(models, key=lambda model: found.get(model.name, 0))
-    write_json(chosen, {"chosen": best.name, "on_valid": found, "device": gpu, "torch": torch.__version__})
+    write_json(chosen, {"chosen": best.name, "on_valid": found, "device": gpu, "torch": torch.__version__, "variant": vars(v)})
     return best
 
 
@@ -293,8 +294,7 @@ def main():
     write_json(out / "results.json", {
         "model": Path(args.model).name, "minutes": args.minutes, "smoke": args.smoke,
         "epochs": {stage: epochs * args.minutes / 60 for stage, epochs in EPOCHS.items()},
-        "settings": SETTINGS | {"variants": {name: vars(v) for name, v in VARIANTS.items()}},
-        "runs": collect(out)})
+        "settings": SETTINGS, "runs": collect(out)})
     if failed:
         raise UserError(f"{len(failed)} calls failed, of which {', '.join(failed)} tell; mend that and start the command again")
     report(out)
@@ -380,7 +380,7 @@ def train_all(args, out: Path) -> None:
             if v.fresh:
                 own_chains(cot_sft, problems, data, seeded / "fresh", device, args.smoke)
             run, phase1 = train_variant(name, v, Path(args.model), cot_sft, seeded, data, device, partial(how, v=v))
-            run = choose(run, home, flags, *of("gsm8k-valid"), gpu)
+            run = choose(v, run, home, flags, *of("gsm8k-valid"), gpu)
             cot_sft = run if name == "CoT-SFT" else cot_sft
             if name not in args.variants:
                 continue  # trained for others to start from

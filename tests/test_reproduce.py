@@ -25,7 +25,7 @@ def test_smoke(command, checkpoint, data, tmp_path):
     assert set(results["runs"]) == {"Latent-r2"} and results["smoke"]  # CoT-SFT was trained as its start alone
     latent = results["runs"]["Latent-r2"]["seed1"]
     made = latent["made"]
-    assert made["device"] == "CPU" and set(made["on_valid"]) == {"model", "step-1"}
+    assert made["device"] == "CPU" and made["variant"] == vars(reproduce.VARIANTS["Latent-r2"]) and set(made["on_valid"]) == {"model", "step-1"}
     assert made["on_valid"][made["chosen"]] == latent["gsm8k-valid"]["accuracy"] == max(made["on_valid"].values())
     assert {"gsm8k-valid", "gsm8k-test", "gsm8k-test.floor", "gsm8k-test.cut-4", "phase1.valid.written",
             "student.valid.written"} <= set(latent)

@@ -46,13 +46,11 @@ SHORT = 0.4
 CUE = 3  # words of a problem, from which a model goes on to a new one
 WRITER = "--lr 5e-4 --batch-size 128 --epochs 3"
 WRITE = "--temperature 0.8 --top-p 0.95 --max-new-tokens 256 --batch-size 512 --samples 14"
-OWN_CHAINS = "--temperature 0 --max-new-tokens 160 --batch-size 512"
-SETTINGS = {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL, "cue": CUE, "writer": WRITER, "write": WRITE,
-            "own_chains": OWN_CHAINS}
+SETTINGS = {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL, "cue": CUE, "writer": WRITER, "write": WRITE}
 KEEP = "--keep 2"  # models of phase 2, and the end: what is right most often on gsm8k-valid is chosen
 ROWS = "--row-tokens 17408"
 SMOKE = "--max-steps 2 --batch-size 4"
-SMOKE_WRITE = "--max-new-tokens 8 --batch-size 4 --samples 1"  # stands behind other flags, and counts
+SMOKE_EVAL = "--max-latents 8 --max-new-tokens 8 --batch-size 4"  # behind those of EVAL or WRITE, and instead of them
 ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents are good for, on gsm8k-test
 
 
@@ -168,36 +166,39 @@ def evaluation(flags: str, out: Path, model: Path, data: list[Path], arms: str =
     stage("eval.py", f"{flags} --arms {arms}", out, *names, model=model, data=data)
 
 
-def written(flags: str, out: Path, smoke: bool, **paths) -> list[dict]:
-    """What distill.py writes with these flags: in smoke mode little or nothing, since two steps teach nobody to write."""
-    stage("distill.py", f"{flags} {SMOKE_WRITE}" if smoke else flags, out, "chains.jsonl", **paths)
+def written(flags: str, out: Path, **paths) -> list[dict]:
+    """What distill.py writes with these flags."""
+    stage("distill.py", flags, out, "chains.jsonl", **paths)
     return [json.loads(line) for line in lines_of(out / "chains.jsonl")]
 
 
 def fresh_problems(model: Path, data: Path, home: Path, device: str, smoke: bool) -> Path:
     """home/problems.jsonl: problems that are in no file of `data`, by a model that learned to go on from the first words of gsm8k-train's.
 
-    Words are parted by single spaces. In smoke mode, those of train.jsonl."""
+    Words are parted by single spaces. In smoke mode, those of train.jsonl: two steps teach nobody to write."""
     problems, cues = home / "problems.jsonl", data / "cues.jsonl"
     if not problems.exists():
         stage("train_sft.py", f"{WRITER} {SMOKE if smoke else ROWS} {device}", home / "writer", "finished.json", model=model, data=cues)
-        rows = written(f"{WRITE} {device}", home / "written", smoke, model=home / "writer", data=cues)
-        texts = dict.fromkeys(" ".join(f"{row['problem']} {row['cot']}".split()) for row in rows)
-        known = {name: {" ".join(row["problem"].split()) for row in read_jsonl(data / f"{name}.jsonl")} for name in ("train", *TESTS)}
-        new = [text for text in texts if text.endswith("?") and not any(text in of_file for of_file in known.values())]
-        if not (new := sorted(known["train"]) if smoke else new):
+        flags = f"{WRITE} {device} " + (f"{SMOKE_EVAL} --samples 1" if smoke else "")
+        rows = written(flags, home / "written", model=home / "writer", data=cues)
+        spaced = lambda text: " ".join(text.split())
+        texts = dict.fromkeys(spaced(f"{row['problem']} {row['cot']}") for row in rows)
+        given, *tests = ({spaced(row["problem"]) for row in read_jsonl(data / f"{name}.jsonl")} for name in ("train", *TESTS))
+        known = given.union(*tests)
+        new = sorted(given) if smoke else [text for text in texts if text.endswith("?") and text not in known]
+        if not new:
             raise UserError(f"{home}/written: holds no new question; take more data, in another --out")
         write_lines(problems, [json.dumps({"problem": text}) for text in new])
     return problems
 
 
-def own_chains(cot_sft: Path, problems: Path, data: Path, home: Path, device: str, smoke: bool) -> None:
+def own_chains(cot_sft: Path, problems: Path, data: Path, home: Path, flags: str, smoke: bool) -> None:
     """home/own.jsonl: fresh problems with those chains that CoT-SFT writes for them which add up (in smoke mode, train.jsonl);
-    home/fresh.jsonl: train.jsonl and these."""
+    home/fresh.jsonl: train.jsonl and these. `flags`: as of an evaluation."""
     if not (home / "fresh.jsonl").exists():
-        rows = written(f"{OWN_CHAINS} {device}", home / "written", smoke, model=cot_sft, data=problems)
-        given, own = lines_of(data / "train.jsonl"), [json.dumps(row) for row in rows if adds_up(row["cot"], row["cot_answer"])]
-        if not (own := given if smoke else own):
+        rows, given = written(flags, home / "written", model=cot_sft, data=problems), lines_of(data / "train.jsonl")
+        own = given if smoke else [json.dumps(row) for row in rows if adds_up(row["cot"], row["cot_answer"])]
+        if not own:
             raise UserError(f"{home}/written: holds no chain that adds up; take more data or --minutes, in another --out")
         write_lines(home / "own.jsonl", own)
         write_lines(home / "fresh.jsonl", given + own)
@@ -362,7 +363,7 @@ def train_all(args, out: Path) -> None:
     of = lambda *names: [data / f"{name}.jsonl" for name in names]
     tests = of(*(test for test in TESTS if test in (*args.tests, "gsm8k-test")))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
-    flags = f"{EVAL} {device}" + (" --max-latents 8 --max-new-tokens 8 --batch-size 4" if args.smoke else "")
+    flags = f"{EVAL} {device} " + (SMOKE_EVAL if args.smoke else "")
     if any(VARIANTS[name].fresh for name in args.variants):
         problems = fresh_problems(Path(args.model), data, out / "fresh", device, args.smoke)
     for seed in args.seeds:
@@ -378,7 +379,7 @@ def train_all(args, out: Path) -> None:
             v, home = VARIANTS[name], seeded / name
             print(f"\n{name}, seed {seed}", flush=True)
             if v.fresh:
-                own_chains(cot_sft, problems, data, seeded / "fresh", device, args.smoke)
+                own_chains(cot_sft, problems, data, seeded / "fresh", flags, args.smoke)
             run, phase1 = train_variant(name, v, Path(args.model), cot_sft, seeded, data, device, partial(how, v=v))
             run = choose(v, run, home, flags, *of("gsm8k-valid"), gpu)
             cot_sft = run if name == "CoT-SFT" else cot_sft

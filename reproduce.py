@@ -42,7 +42,7 @@ ANCHOR = "--w-anchor 1"
 PHASE2 = "--lr 5e-4 --batch-size 128"
 OWN = "--own-share 0.5"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
-SHORT = 0.4
+SHORT, LONG = 0.4, 4.0
 CUE = 3  # words of a problem, from which a model goes on to a new one
 WRITER = "--lr 5e-4 --batch-size 128 --epochs 3"
 WRITE = "--temperature 0.8 --top-p 0.95 --max-new-tokens 256 --batch-size 512 --samples 14"
@@ -58,7 +58,8 @@ ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents 
 class Variant:
     """A row of the table. r None: trained on text; phase1, phase2, sft: flags of these scripts; arms: whether to try ARMS too.
 
-    epochs: times those of phase 2; an ablation has SHORT of them, to be compared with r2-short. data: what phase 2, or a model of text, is
+    epochs: times those of phase 2, or of a model of text; an ablation has SHORT of them, to be compared with r2-short. after: the variant
+    whose model phase 2 starts from instead of phase 1's decoder, a curriculum over r. data: what phase 2, or a model of text, is
     trained on, in as many steps whatever that is: train; small (gsm8k-train alone); fresh (train, and fresh problems with the chains that
     CoT-SFT writes for them); own (these alone)."""
     r: int | None = 2
@@ -68,6 +69,7 @@ class Variant:
     arms: bool = False
     epochs: float = 1.0
     data: str = "train"
+    after: str = ""
 
     @property
     def latents(self) -> str:
@@ -88,15 +90,19 @@ VARIANTS = {
     "answer-only": Variant(None, sft="--no-chain"),
     "CoT-SFT": Variant(None),
     "Latent-r2": Variant(2, arms=True),
-    "Latent-r2-long": Variant(2, epochs=2.0, arms=True),
+    "Latent-r2-long": Variant(2, epochs=LONG, arms=True),
     "Latent-r3": Variant(3),
     "Latent-r4": Variant(4, arms=True),
     "CoT-SFT-fresh": Variant(None, data="fresh"),
+    "CoT-SFT-fresh-long": Variant(None, data="fresh", epochs=LONG),
     "Latent-r2-fresh": Variant(2, data="fresh", arms=True),
-    "Latent-r2-fresh-long": Variant(2, data="fresh", epochs=2.0, arms=True),
+    "Latent-r2-fresh-long": Variant(2, data="fresh", epochs=LONG, arms=True),
     "Latent-r2-own": Variant(2, data="own"),
     "Latent-r4-fresh": Variant(4, data="fresh", arms=True),
+    "Latent-r4-fresh-long": Variant(4, data="fresh", epochs=LONG, arms=True),
     "r1-short": Variant(1, epochs=SHORT),  # as many latents as tokens: the price of latents without that of compression
+    "Latent-r2-curriculum": Variant(2, data="fresh", epochs=LONG / 2, arms=True, after="r1-short"),
+    "Latent-r4-curriculum": Variant(4, data="fresh", epochs=LONG / 2, arms=True, after="Latent-r2-curriculum"),
     "r2-short": Variant(2, epochs=SHORT),
     "r2-no-anchor": Variant(phase1="", epochs=SHORT),
     "r2-no-own": Variant(phase2="--all-weights", epochs=SHORT),
@@ -204,24 +210,22 @@ def own_chains(cot_sft: Path, problems: Path, data: Path, home: Path, flags: str
         write_lines(home / "fresh.jsonl", given + own)
 
 
-def train_variant(name: str, v: Variant, model: Path, cot_sft: Path | None, home: Path, data: Path, device: str,
-                  how) -> tuple[Path, Path | None]:
-    """(run, its phase 1 run or None) of a variant, trained in `home` from the checkpoint `model` or the run `cot_sft`;
-    `how(step, files)` are the flags of a step of it on these files."""
-    phase1, out, chains = home / "phase1" / v.latents, home / name / "model", home / "fresh" if v.fresh else data
-    encoder, decoder, joint, cached = (phase1 / step for step in ("encoder", "decoder", "joint", f"cache-{v.data}"))
-    files = {"data": data / "train.jsonl", "valid": data / "valid.jsonl"}
-    for step, origin in ((encoder, {"model": cot_sft}), (decoder, {"init": encoder}), (joint, {"init": decoder})) if v.r else ():
-        flags = f"--step {step.name} --compression {v.r} {v.phase1} {PHASE1} {how(step.name, files)}"
-        stage("train_phase1.py", flags, step, "finished.json", **origin, **files)
-    files["data"] = chains / f"{v.data}.jsonl"
-    if v.r is None:
-        stage("train_sft.py", f"{SFT} {v.sft} {how('sft', files)}", out, "finished.json", model=model, **files)
-        return out, None
-    stage("cache_latents.py", device, cached, "cache.json", phase1=joint, data=files["data"])
+def train_phase1(v: Variant, cot_sft: Path, home: Path, data: Path, how) -> Path:
+    """The phase 1 run of a variant, in `home`; `how(step, files)` are the flags of a step of training on these files."""
+    phase1, files, origin = home / "phase1" / v.latents, {"data": data / "train.jsonl", "valid": data / "valid.jsonl"}, {"model": cot_sft}
+    for step in ("encoder", "decoder", "joint"):
+        flags = f"--step {step} --compression {v.r} {v.phase1} {PHASE1} {how(step, files)}"
+        stage("train_phase1.py", flags, phase1 / step, "finished.json", **origin, **files)
+        origin = {"init": phase1 / step}
+    return phase1 / "joint"
+
+
+def train_phase2(v: Variant, phase1: Path, out: Path, after: Path | None, files: dict, device: str, how) -> None:
+    """Trains a variant's model, which starts from `after` or the decoder of `phase1`, into `out`."""
+    cached, origin = phase1.parent / f"cache-{v.data}", {"init": after} if after else {}
+    stage("cache_latents.py", device, cached, "cache.json", phase1=phase1, data=files["data"])
     flags = f"{PHASE2} {KEEP if v.epochs >= 1 else ''} {v.phase2} {how('phase2', files)}"
-    stage("train_phase2.py", flags, out, "finished.json", phase1=joint, cache=cached, **files)
-    return out, joint
+    stage("train_phase2.py", flags, out, "finished.json", phase1=phase1, cache=cached, **origin, **files)
 
 
 def choose(v: Variant, run: Path, home: Path, flags: str, valid: Path, gpu: str) -> Path:
@@ -364,25 +368,30 @@ def train_all(args, out: Path) -> None:
     tests = of(*(test for test in TESTS if test in (*args.tests, "gsm8k-test")))
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() and args.device != "cpu" else "CPU"
     flags = f"{EVAL} {device} " + (SMOKE_EVAL if args.smoke else "")
-    if any(VARIANTS[name].fresh for name in args.variants):
-        problems = fresh_problems(Path(args.model), data, out / "fresh", device, args.smoke)
+    needed = list(args.variants)
+    for name in needed:  # and, as it grows, what others start from
+        v = VARIANTS[name]
+        needed += [v.after] * bool(v.after) + ["CoT-SFT"] * bool(v.r or v.fresh)  # phase 1 starts there, and it writes chains
     for seed in args.seeds:
-        def how(step, files, v):
+        def how(v, step, files):
             epochs = EPOCHS[step] * args.minutes / 60 * num_lines(data / "train.jsonl") / num_lines(files["data"])  # as many steps
-            epochs *= v.epochs if step == "phase2" else 1
+            epochs *= v.epochs if step in ("phase2", "sft") else 1
             return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} {ROWS}")
-        seeded, cot_sft = out / f"seed{seed}", None
-        names = [name for name in VARIANTS if name in args.variants]
-        if any(VARIANTS[name].r or VARIANTS[name].fresh for name in names) and "CoT-SFT" not in names:
-            names.insert(0, "CoT-SFT")  # phase 1 starts there, and it writes chains
-        for name in names:
+        seeded, trained = out / f"seed{seed}", {}
+        for name in (name for name in VARIANTS if name in needed):
             v, home = VARIANTS[name], seeded / name
             print(f"\n{name}, seed {seed}", flush=True)
+            run, chains, how_to = home / "model", data, partial(how, v)
+            phase1 = train_phase1(v, trained["CoT-SFT"], seeded, data, how_to) if v.r else None
             if v.fresh:
-                own_chains(cot_sft, problems, data, seeded / "fresh", flags, args.smoke)
-            run, phase1 = train_variant(name, v, Path(args.model), cot_sft, seeded, data, device, partial(how, v=v))
-            run = choose(v, run, home, flags, *of("gsm8k-valid"), gpu)
-            cot_sft = run if name == "CoT-SFT" else cot_sft
+                chains, problems = seeded / "fresh", fresh_problems(Path(args.model), data, out / "fresh", device, args.smoke)
+                own_chains(trained["CoT-SFT"], problems, data, chains, flags, args.smoke)
+            files = {"data": chains / f"{v.data}.jsonl", "valid": data / "valid.jsonl"}
+            if phase1:
+                train_phase2(v, phase1, run, trained.get(v.after), files, device, how_to)
+            else:
+                stage("train_sft.py", f"{SFT} {v.sft} {how_to('sft', files)}", run, "finished.json", model=args.model, **files)
+            run = trained[name] = choose(v, run, home, flags, *of("gsm8k-valid"), gpu)
             if name not in args.variants:
                 continue  # trained for others to start from
             evaluation(flags, home / "eval", run, tests)
@@ -391,7 +400,7 @@ def train_all(args, out: Path) -> None:
             if v.arms:
                 evaluation(flags, home / "eval", run, of("gsm8k-test"), ARMS)
                 evaluation(flags, home / "student", run, of("valid"), "written top-2 top-4")
-                if solutions := solve_differently(cot_sft, seeded / "CoT-SFT", flags, *of("valid")):
+                if solutions := solve_differently(trained["CoT-SFT"], seeded / "CoT-SFT", flags, *of("valid")):
                     stage("analyze.py", f"--seed {seed} --max-latents 64 {device}", home / "n_eff", "n_eff.json", model=run,
                           data=solutions)
             if args.alone:

@@ -116,6 +116,7 @@ def main():
     p = parser(__doc__)
     p.add_argument("--phase1", required=True, help="the phase 1 run whose decoder the student starts from")
     p.add_argument("--cache", required=True, help="the latents that its encoder made of --data (cache_latents.py)")
+    p.add_argument("--init", help="a phase 2 run of all weights to start from instead of the decoder of --phase1; its r may be another")
     p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --phase1")
     p.add_argument("--top-k", type=at_least(latents.HIDDEN), help="tokens in a superposition; default: that of --phase1")
     p.add_argument("--all-weights", action="store_true", help="all weights learn instead of an adapter")
@@ -139,6 +140,12 @@ def main():
         raise UserError("--all-weights: there is no adapter; leave --lora-rank and --lora-dropout out")
     if not args.all_weights:
         args.lora_rank, args.lora_dropout = args.lora_rank or 64, 0.1 if args.lora_dropout is None else args.lora_dropout
+    if args.init:
+        args.init, other = str(Path(args.init).resolve()), finished_run(args.init, "train_phase2")
+        if not (args.all_weights and other["all_weights"]):
+            raise UserError("--init: both trainings need --all-weights; an adapter learns on top of a decoder of phase 1")
+        if resolve(other["phase1"])[0] != resolve(args.phase1)[0]:
+            raise UserError(f"--init {args.init}: began with another checkpoint than --phase1; name runs of one")
     if args.all_weights and args.shard:
         raise UserError("--all-weights: every rank needs all weights; leave --shard out")
     if args.noise and args.top_k == latents.HIDDEN:
@@ -146,7 +153,7 @@ def main():
 
     rank, world, device = start(args.device)
     torch.manual_seed(args.seed)
-    model, tokenizer, _ = load_model(args.phase1, "cpu" if args.shard else device, torch.float32 if args.all_weights else base_dtype(device))
+    model, tokenizer, _ = load_model(args.init or args.phase1, "cpu" if args.shard else device, torch.float32 if args.all_weights else base_dtype(device))
     if not args.all_weights:
         lora.add_adapter(model, "student", args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
     plain = load_examples(args.data, tokenizer)

@@ -92,6 +92,12 @@ def test_sampler_in_hidden_states(checkpoint):
         assert len(r.ids) and r.tokens == tokens
 
 
+def all_weights(*arguments):
+    arguments = phase2_arguments(*arguments, "--all-weights")
+    at = arguments.index("--lora-rank")
+    return arguments[:at] + arguments[at + 2:]
+
+
 @pytest.mark.parametrize("flags", [["--top-k", HIDDEN, "--no-induction"], ["--no-segments"]])
 def test_the_commands(command, checkpoint, data, tmp_path, flags):
     """The flags of phase 1 hold for what is made from its run, and all weights that phase 2 trained are what is loaded."""
@@ -100,10 +106,7 @@ def test_the_commands(command, checkpoint, data, tmp_path, flags):
     assert command(cache_latents.main, "--phase1", run, "--data", data, "--out", cache)[0] == 0
     model = load_model(run)[0]
     assert load_encoder(run, load_checkpoint(checkpoint())).rule == (masks.causal if "--no-induction" in flags else masks.induction)
-    arguments = phase2_arguments(run, data, cache, latent, "--all-weights", "--valid", data, "--lr", 1e-3)
-    at = arguments.index("--lora-rank")
-    del arguments[at:at + 2]
-    code, _, error = command(train_phase2.main, *arguments)
+    code, _, error = command(train_phase2.main, *all_weights(run, data, cache, latent, "--valid", data, "--lr", 1e-3))
     assert code == 0, error
     learned, _, reasons = load_model(latent)
     assert reasons["thinking"] == "latent" and reasons["top_k"] == (HIDDEN if "--top-k" in flags else 3) and reasons["compression"] == 2
@@ -111,3 +114,23 @@ def test_the_commands(command, checkpoint, data, tmp_path, flags):
     if "--top-k" in flags:
         code, _, error = command(train_phase2.main, *phase2_arguments(run, data, cache, tmp_path / "noisy", "--noise", 1))
         assert code == 1 and "are hidden states" in error
+
+
+def test_a_student_goes_on_with_another_compression(command, checkpoint, data, tmp_path):
+    """With --init phase 2 starts from that student, not from the decoder of its own phase 1."""
+    run, cache, student = {}, {}, tmp_path / "student"
+    for r in (2, 3):
+        run[r], cache[r] = phase1(command, checkpoint, data, tmp_path / f"run-{r}", "--compression", r), tmp_path / f"cache-{r}"
+        assert command(cache_latents.main, "--phase1", run[r], "--data", data, "--out", cache[r])[0] == 0
+    assert command(train_phase2.main, *all_weights(run[2], data, cache[2], student, "--lr", 1e-3))[0] == 0
+    code, _, error = command(train_phase2.main, *all_weights(run[3], data, cache[3], tmp_path / "after", "--init", student, "--lr", 0))
+    assert code == 0, error
+    (before, *_), (after, _, reasons) = load_model(student), load_model(tmp_path / "after")
+    assert reasons["compression"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
+    assert any(not torch.equal(a, b) for a, b in zip(load_model(run[3])[0].parameters(), after.parameters()))
+    other = phase1(command, lambda: checkpoint("qwen2"), data, tmp_path / "other")
+    for make, of, init, words in ((all_weights, run[3], run[3], "is no run of train_phase2.py"), (all_weights, other, student, "another checkpoint"),
+                                  (phase2_arguments, run[3], student, "need --all-weights")):
+        code, _, error = command(train_phase2.main, *make(of, data, cache[3], tmp_path / "nothing", "--init", init))
+        assert code == 1 and words in error and not (tmp_path / "nothing").exists()

@@ -42,7 +42,7 @@ ANCHOR = "--w-anchor 1"
 PHASE2 = "--lr 5e-4 --batch-size 128"
 OWN = "--own-share 0.5"
 EVAL = "--temperature 0 --max-latents 64 --max-new-tokens 160 --batch-size 512"
-SHORT, LONG = 0.4, 4.0
+SHORT = 0.4
 CUE = 3  # words of a problem, from which a model goes on to a new one
 WRITER = "--lr 5e-4 --batch-size 128 --epochs 3"
 WRITE = "--temperature 0.8 --top-p 0.95 --max-new-tokens 256 --batch-size 512 --samples 14"
@@ -90,19 +90,17 @@ VARIANTS = {
     "answer-only": Variant(None, sft="--no-chain"),
     "CoT-SFT": Variant(None),
     "Latent-r2": Variant(2, arms=True),
-    "Latent-r2-long": Variant(2, epochs=LONG, arms=True),
+    "Latent-r2-long": Variant(2, epochs=2.0, arms=True),
     "Latent-r3": Variant(3),
     "Latent-r4": Variant(4, arms=True),
     "CoT-SFT-fresh": Variant(None, data="fresh"),
-    "CoT-SFT-fresh-long": Variant(None, data="fresh", epochs=LONG),
+    "CoT-SFT-fresh-long": Variant(None, data="fresh", epochs=4.0),
     "Latent-r2-fresh": Variant(2, data="fresh", arms=True),
-    "Latent-r2-fresh-long": Variant(2, data="fresh", epochs=LONG, arms=True),
+    "Latent-r2-fresh-long": Variant(2, data="fresh", epochs=2.0, arms=True),
     "Latent-r2-own": Variant(2, data="own"),
     "Latent-r4-fresh": Variant(4, data="fresh", arms=True),
-    "Latent-r4-fresh-long": Variant(4, data="fresh", epochs=LONG, arms=True),
     "r1-short": Variant(1, epochs=SHORT),  # as many latents as tokens: the price of latents without that of compression
-    "Latent-r2-curriculum": Variant(2, data="fresh", epochs=LONG / 2, arms=True, after="r1-short"),
-    "Latent-r4-curriculum": Variant(4, data="fresh", epochs=LONG / 2, arms=True, after="Latent-r2-curriculum"),
+    "Latent-r2-curriculum": Variant(2, data="fresh", epochs=2.0, arms=True, after="r1-short"),
     "r2-short": Variant(2, epochs=SHORT),
     "r2-no-anchor": Variant(phase1="", epochs=SHORT),
     "r2-no-own": Variant(phase2="--all-weights", epochs=SHORT),

@@ -70,7 +70,8 @@ def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float,
     p.add_argument("--weight-decay", type=at_least(0, float), default=0.01, help="AdamW's, on matrices")
     p.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm; 0: any")
     p.add_argument("--valid-every", type=at_least(1), help="steps between validations; default: a tenth of the run")
-    p.add_argument("--save-every", type=at_least(1), default=200, help="steps between resumable states")
+    p.add_argument("--save-every", type=at_least(1), help="steps between resumable states; default: such that saving takes a twentieth of the "
+                   "time at most, and 10 seconds")
     p.add_argument("--keep", type=at_least(0), default=0, help="models to keep on the way, at even distances: OUT/step-N, each as good as a run")
     if lora_rank:
         p.add_argument("--lora-rank", type=at_least(1), default=lora_rank, help=f"rank of new adapters; alpha is twice that; default: {lora_rank}")
@@ -226,6 +227,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     gradients = flat_gradients(list(learned.values()))
     progress = _load_state(out / "resume.safetensors", learned, optimizer)
     first, begin = progress["steps"], time.time() - progress["seconds"]
+    saved, saving = time.time(), 0.0  # when the last state was whole, and the seconds that it took
     if rank == 0:
         _truncate_metrics(out / "metrics.jsonl", first)
         learning, total = (sum(p.numel() for p in ps) for ps in (learned.values(), task.parameters()))
@@ -233,10 +235,18 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
               f"{steps} steps of {args.batch_size} on {world} x {device}" + (f", going on at step {first}" if first else ""))
 
     def save():
+        nonlocal saved, saving
         if rank == 0:
+            start = time.time()
             task.save(out)
-            progress["seconds"] = time.time() - begin
+            progress["seconds"] = start - begin
             _save_state(out / "resume.safetensors", progress, learned, optimizer)
+            saved, saving = time.time(), time.time() - start
+
+    def due(step):
+        if args.save_every:
+            return (step + 1) % args.save_every == 0
+        return time.time() - saved > max(10, 20 * saving)  # where all weights learn a state is gigabytes
 
     keeping = {steps * i // (args.keep + 1) for i in range(1, args.keep + 1)}
 
@@ -298,7 +308,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
                 record(step=step + 1, **{f"valid_{k}": v for k, v in progress["valid"].items()})
             if step + 1 in keeping:
                 keep(step + 1)
-            if stop or (step + 1) % args.save_every == 0 or step + 1 == steps:
+            if stop or due(step) or step + 1 == steps:
                 save()
             if stop and step + 1 < steps:
                 bar.close()

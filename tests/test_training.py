@@ -347,6 +347,26 @@ def test_killed_between_saves(checkpoint, data, tmp_path):
     assert after[:5] == before and [s for s, _ in after] == list(range(1, 8))
 
 
+def test_saving_takes_little_of_the_time(command, checkpoint, data, tmp_path, monkeypatch):
+    """Without --save-every states are saved again and again, in a twentieth of the time."""
+    clock, saves = [0.0], []
+
+    def slow_save(path, progress, *rest):
+        clock[0] += 7
+        saves.append(progress["steps"])
+        real(path, progress, *rest)
+
+    def tick(*a):
+        clock[0] += 2
+        return clip(*a)
+    real, clip = trainer._save_state, trainer.nn.utils.clip_grad_norm_
+    monkeypatch.setattr(trainer, "_save_state", slow_save)
+    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", tick)
+    monkeypatch.setattr(trainer.time, "time", lambda: clock[0])
+    assert command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 160))[0] == 0
+    assert saves == [6, 77, 148, 160]  # after 12 seconds, then 71 steps of 2 seconds after a save of 7, and the end
+
+
 def test_a_run_that_died_at_its_very_end(command, checkpoint, data, tmp_path, monkeypatch):
     """Killed after its last save: the same command finishes it."""
     real = trainer.write_json

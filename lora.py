@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from latents import precise
 from runs import UserError, read_tensors, write_tensors
 
+RANK, DROPOUT = 64, 0.1  # the authors', where a command names no other
+
 
 class Adapter(nn.Module):
     """`x -> scale * dropout(x) A^T B^T`, with A [rank, in] and B [out, rank]; B starts at zero, so it starts as nothing.

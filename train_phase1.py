@@ -132,7 +132,7 @@ def main():
     p.add_argument("--w-anchor", type=at_least(0, float), help="weight of a loss that keeps each latent on the tokens of its own segment "
                    "while the encoder learns; default: that of --init, or 0, which is the paper's")
     add_training_arguments(p, lr=1e-4, epochs=10)
-    p.set_defaults(lora_rank=None)
+    p.set_defaults(lora_dropout=lora.DROPOUT)
     args = p.parse_args()
     args.command = "train_phase1"
     if not (args.init or args.model):
@@ -142,7 +142,7 @@ def main():
     args.model = args.model and starting_point(args.model)
     args.init = args.init and str(Path(args.init).resolve())
     before = finished_run(args.init, "train_phase1") if args.init else {}
-    for key, default in (("model", None), ("compression", 2), ("top_k", 10), ("lora_rank", 64), ("no_induction", False),
+    for key, default in (("model", None), ("compression", 2), ("top_k", 10), ("lora_rank", lora.RANK), ("no_induction", False),
                          ("no_segments", False)):
         given = getattr(args, key)
         if given is None:

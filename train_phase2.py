@@ -127,7 +127,6 @@ def main():
     p.add_argument("--own-share", type=at_least(0, float, most=1), default=0.0, help="share of examples that read the model's own latents "
                    "instead of the cached ones, which stay the targets; 0: none, as in the paper")
     add_training_arguments(p, lr=3e-4, epochs=50)
-    p.set_defaults(lora_rank=None, lora_dropout=None)  # the defaults unless all weights learn
     args = p.parse_args()
     args.command = "train_phase2"
     before = finished_run(args.phase1, "train_phase1")
@@ -139,7 +138,8 @@ def main():
     if args.all_weights and (args.lora_rank or args.lora_dropout is not None):
         raise UserError("--all-weights: there is no adapter; leave --lora-rank and --lora-dropout out")
     if not args.all_weights:
-        args.lora_rank, args.lora_dropout = args.lora_rank or 64, 0.1 if args.lora_dropout is None else args.lora_dropout
+        args.lora_rank = args.lora_rank or lora.RANK
+        args.lora_dropout = lora.DROPOUT if args.lora_dropout is None else args.lora_dropout
     if args.init:
         args.init, other = str(Path(args.init).resolve()), finished_run(args.init, "train_phase2")
         if not (args.all_weights and other["all_weights"]):

@@ -45,7 +45,7 @@ def main():
     p = parser(__doc__)
     p.add_argument("--model", required=True, help="checkpoint directory or run to start from")
     p.add_argument("--no-chain", action="store_true", help="leave the chains out: the answer-only baseline")
-    add_training_arguments(p, lr=2e-5, epochs=3, lora_rank=None)
+    add_training_arguments(p, lr=2e-5, epochs=3, adapters=False)
     args = p.parse_args()
     args.command, args.model = "train_sft", starting_point(args.model)
     rank, world, device = start(args.device)

@@ -20,6 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
 from data import RowShape, pack, row_shape, to_device
+from lora import DROPOUT, RANK
 from runs import (Stopper, UserError, at_least, file_hash, from_rank0, hold, open_run, read_json, read_tensors,
                   write_json, write_tensors, write_text)
 
@@ -57,7 +58,7 @@ class Task(nn.Module):
         raise NotImplementedError
 
 
-def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float, lora_rank: int | None = 64) -> None:
+def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float, adapters: bool = True) -> None:
     p.add_argument("--data", required=True, help="training .jsonl or .jsonl.gz: problem, cot, cot_answer")
     p.add_argument("--valid", help="like --data; its loss is measured now and then")
     p.add_argument("--out", required=True, help="run directory; the same command goes on where it stopped")
@@ -73,9 +74,9 @@ def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float,
     p.add_argument("--save-every", type=at_least(1), help="steps between resumable states; default: such that saving takes a twentieth of the "
                    "time at most, and 10 seconds")
     p.add_argument("--keep", type=at_least(0), default=0, help="models to keep on the way, at even distances: OUT/step-N, each as good as a run")
-    if lora_rank:
-        p.add_argument("--lora-rank", type=at_least(1), default=lora_rank, help=f"rank of new adapters; alpha is twice that; default: {lora_rank}")
-        p.add_argument("--lora-dropout", type=at_least(0, float, most=0.99), default=0.1, help="dropout before new adapters; default: 0.1")
+    if adapters:
+        p.add_argument("--lora-rank", type=at_least(1), help=f"rank of new adapters; alpha is twice that; default: {RANK}")
+        p.add_argument("--lora-dropout", type=at_least(0, float, most=0.99), help=f"dropout before new adapters; default: {DROPOUT}")
         p.add_argument("--shard", action="store_true", help="less memory: every rank keeps a share of the frozen layers only")
     else:
         p.set_defaults(shard=False)

@@ -71,8 +71,8 @@ def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float,
     p.add_argument("--weight-decay", type=at_least(0, float), default=0.01, help="AdamW's, on matrices")
     p.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm; 0: any")
     p.add_argument("--valid-every", type=at_least(1), help="steps between validations; default: a tenth of the run")
-    p.add_argument("--save-every", type=at_least(1), help="steps between resumable states; default: such that saving takes a twentieth of the "
-                   "time at most, and 10 seconds")
+    p.add_argument("--save-every", type=at_least(1), help="steps between resumable states; default: 10 seconds, or 20 times what the last one "
+                   "took, 10 minutes at most")
     p.add_argument("--keep", type=at_least(0), default=0, help="models to keep on the way, at even distances: OUT/step-N, each as good as a run")
     if adapters:
         p.add_argument("--lora-rank", type=at_least(1), help=f"rank of new adapters; alpha is twice that; default: {RANK}")
@@ -143,8 +143,8 @@ def _reduced(values: dict[str, float], device) -> dict[str, float]:
     return dict(zip(values, total.tolist()))
 
 
-def deal(task: Task, examples: list, row_tokens: int, shape: RowShape | None, rank: int, world: int) -> tuple[list[list], int]:
-    """The rows of a batch that are this rank's, and how many of the last ones only repeat another and count for nothing.
+def deal(task: Task, examples: list, row_tokens: int, shape: RowShape | None, rank: int, world: int) -> list[tuple[list, float]]:
+    """The rows of a batch that are this rank's, each with its weight: 1, or 0 where it only repeats another.
 
     All ranks get as many, since sharded layers are gathered by all of them together. Rows are as long as `shape` says, if there is one.
     """
@@ -153,7 +153,7 @@ def deal(task: Task, examples: list, row_tokens: int, shape: RowShape | None, ra
     rows = [[examples[i] for i in indices] for indices in rows]
     mine = rows[rank::world]
     repeats = -(-len(rows) // world) - len(mine)
-    return mine + rows[:1] * repeats, repeats
+    return [(row, 1.0) for row in mine] + [(rows[0], 0.0)] * repeats
 
 
 def flat_gradients(parameters: list[nn.Parameter]) -> torch.Tensor:
@@ -183,9 +183,8 @@ def evaluate(task: Task, examples: list, row_tokens: int, shape: RowShape | None
     """Mean loss parts over `examples`, without noise and dropout."""
     task.eval()
     sums = {k: 0.0 for k in task.weights}
-    rows, repeats = deal(task, examples, row_tokens, shape, rank, world)
-    for i, row in enumerate(rows, repeats):
-        parts, real = task(to_device(task.row(row), device, shape)), i < len(rows)
+    for row, real in deal(task, examples, row_tokens, shape, rank, world):
+        parts = task(to_device(task.row(row), device, shape))
         sums = {k: sums[k] + real * float(parts[k]) for k in sums}
     task.train()
     counts = task.counts(examples)
@@ -228,7 +227,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     gradients = flat_gradients(list(learned.values()))
     progress = _load_state(out / "resume.safetensors", learned, optimizer)
     first, begin = progress["steps"], time.time() - progress["seconds"]
-    saved, saving = time.time(), 0.0  # when the last state was whole, and the seconds that it took
+    next_save = time.monotonic() + 10
     if rank == 0:
         _truncate_metrics(out / "metrics.jsonl", first)
         learning, total = (sum(p.numel() for p in ps) for ps in (learned.values(), task.parameters()))
@@ -236,18 +235,14 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
               f"{steps} steps of {args.batch_size} on {world} x {device}" + (f", going on at step {first}" if first else ""))
 
     def save():
-        nonlocal saved, saving
+        nonlocal next_save
         if rank == 0:
-            start = time.time()
+            start = time.monotonic()
             task.save(out)
-            progress["seconds"] = start - begin
+            progress["seconds"] = time.time() - begin
             _save_state(out / "resume.safetensors", progress, learned, optimizer)
-            saved, saving = time.time(), time.time() - start
-
-    def due(step):
-        if args.save_every:
-            return (step + 1) % args.save_every == 0
-        return time.time() - saved > max(10, 20 * saving)  # where all weights learn a state is gigabytes
+            end = time.monotonic()
+            next_save = end + min(max(10, 20 * (end - start)), 600)  # where all weights learn a state is gigabytes
 
     keeping = {steps * i // (args.keep + 1) for i in range(1, args.keep + 1)}
 
@@ -264,20 +259,20 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     bar = tqdm(total=steps, initial=first, disable=rank > 0, desc=out.name, mininterval=1, dynamic_ncols=True)
 
     def load(step):
-        """The batch of a step; this rank's rows of it, which a thread builds while the GPU is busy; deal's repeats."""
+        """The batch of a step; this rank's rows of it, as deal has them, which a thread builds while the GPU is busy."""
         batch = [examples[i] for i in batch_indices(step, args.batch_size, len(examples), args.seed)]
-        rows, repeats = deal(task, batch, args.row_tokens, shape, rank, world)
-        return batch, [loader.submit(task.row, row) for row in rows], repeats
+        rows = deal(task, batch, args.row_tokens, shape, rank, world)
+        return batch, [(loader.submit(task.row, row), real) for row, real in rows]
 
     with held, Stopper() as stopper, bar, ThreadPoolExecutor(1) as loader:
         upcoming = load(first)
         for step in range(first, steps):
             tick = time.time()
             torch.manual_seed(hash((args.seed, step, rank)))  # dropout and noise: nothing else to save for a resume
-            (batch, rows, repeats), upcoming = upcoming, load(step + 1)
+            (batch, rows), upcoming = upcoming, load(step + 1)
             counts, sums = task.counts(batch), {k: 0.0 for k in task.weights}
-            for i, row in enumerate(rows, repeats):
-                parts, real = task(to_device(row.result(), device, shape)), float(i < len(rows))
+            for row, real in rows:
+                parts = task(to_device(row.result(), device, shape))
                 (real * task.loss(parts, counts)).backward()
                 sums = {k: sums[k] + real * parts[k].detach() for k in sums}
             if world > 1:
@@ -309,7 +304,8 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
                 record(step=step + 1, **{f"valid_{k}": v for k, v in progress["valid"].items()})
             if step + 1 in keeping:
                 keep(step + 1)
-            if stop or due(step) or step + 1 == steps:
+            due = (step + 1) % args.save_every == 0 if args.save_every else time.monotonic() > next_save
+            if stop or due or step + 1 == steps:
                 save()
             if stop and step + 1 < steps:
                 bar.close()

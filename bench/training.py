@@ -117,12 +117,12 @@ def ours(phase: int, ranks: int, batches, args, device):
         task.model.graphs = None if args.checkpoint_activations or args.shard else {}
         print(f"    rows of {shape.tokens} tokens")
     dealt = [deal(task, batch, args.row_tokens, shape, rank, ranks) for batch in batches]
-    rows = [[task.row(row) for row in mine] for mine, _ in dealt]
+    rows = [[(task.row(row), real) for row, real in mine] for mine in dealt]
 
     def step(i, learn=True):
         counts, total = task.counts(batches[i]), torch.zeros((), device=device)
-        for j, row in enumerate(rows[i], dealt[i][1]):
-            loss = float(j < len(rows[i])) * task.loss(task(data.to_device(row, device, shape)), counts)
+        for row, real in rows[i]:
+            loss = real * task.loss(task(data.to_device(row, device, shape)), counts)
             total += loss.detach()
             if learn:
                 loss.backward()

@@ -74,8 +74,9 @@ def training_fields(row: dict, path, chain: bool = True) -> tuple[str, str, str]
     """Problem, written chain (empty without `chain`) and answer of a line to train on. Raises UserError with file and line."""
     problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
     cot = written_chain(row, path) if chain else ""
-    if chain and not cot.strip():
-        raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds no chain between its think tags")
+    if chain and (not cot.strip() or END_THINK in cot):
+        what = f"{END_THINK} in the midst of its chain" if cot.strip() else "no chain between its think tags"
+        raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds {what}")
     return problem, cot, answer
 
 

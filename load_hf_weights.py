@@ -21,6 +21,7 @@ from runs import UserError, file_hash, finished_run, is_free, parser, read_json,
 from tokenizer import Tokenizer
 
 SHARD_BYTES = 5 * 10**9
+DTYPES = ("float32", "bfloat16", "float16")
 COPIED = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
           "merges.txt", "chat_template.jinja", "generation_config.json")
 # How a model reasons, kept under "latent_sft" in an exported config.json: "text" writes its chain (a plain checkpoint
@@ -35,12 +36,15 @@ def read_config(directory: str | Path) -> Config:
     kind = c.get("model_type")
     if kind not in ("llama", "qwen2", "qwen3"):
         raise UserError(f"{path}: the architecture {kind!r} is not supported; llama, qwen2 and qwen3 are")
-    rope = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+    rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise UserError(f"{path}: rope_parameters = {rope!r} is not supported")
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type not in ("default", "llama3"):
         raise UserError(f"{path}: the rope scaling {rope_type!r} is not supported; plain and llama3 are")
     unsupported = {"hidden_act": ("silu",), "use_sliding_window": (False,), "mlp_bias": (False,),
-                   "attention_bias": (False, True) if kind == "qwen2" else (False,)}
+                   "attention_bias": (False, True) if kind == "qwen2" else (False,),
+                   "torch_dtype": (None, *DTYPES), "dtype": (None, *DTYPES)}
     for key, allowed in unsupported.items():
         if c.get(key, allowed[0]) not in allowed:
             raise UserError(f"{path}: {key} = {c[key]!r} is not supported")
@@ -55,14 +59,15 @@ def read_config(directory: str | Path) -> Config:
             rope_scaling={k: v for k, v in rope.items() if k != "rope_theta"} if rope_type == "llama3" else {},
             tie_word_embeddings=c.get("tie_word_embeddings", False))
         for f in fields(config):
-            if f.type is int and not isinstance(getattr(config, f.name), int):
-                raise TypeError(f"{f.name} is {getattr(config, f.name)!r}")
+            value = getattr(config, f.name)
+            if f.type in (int, float) and not (isinstance(value, (int, f.type)) and value > 0):
+                raise TypeError(f"{f.name} is {value!r}")
         rotary_frequencies(config)  # needs all of its fields
         return config
     except KeyError as e:
         raise UserError(f"{path}: {e} is missing; is this a whole checkpoint?") from None
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{path}: a value has the wrong type ({e})") from None
+    except (TypeError, ValueError, ZeroDivisionError) as e:
+        raise UserError(f"{path}: a value is none that it can have ({e})") from None
 
 
 def hf_name(name: str) -> str:
@@ -74,7 +79,10 @@ def weight_files(directory: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or model.safetensors."""
     directory = Path(directory)
     index = directory / "model.safetensors.index.json"
-    names = set(read_json(index).get("weight_map", {}).values()) if index.exists() else {"model.safetensors"}
+    try:
+        names = {str(n) for n in read_json(index)["weight_map"].values()} if index.exists() else {"model.safetensors"}
+    except (KeyError, AttributeError):
+        raise UserError(f"{index}: has no weight_map from tensors to files; fetch it again") from None
     files = [directory / n for n in sorted(names)]
     for f in files:
         if not f.is_file():

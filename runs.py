@@ -49,7 +49,7 @@ def atomic(path: str | Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
-    except (OSError, SafetensorError) as e:
+    except (OSError, SafetensorError, UnicodeEncodeError) as e:
         raise UserError(f"{path}: cannot be written ({e}); the previous version, if any, is untouched") from None
     finally:
         with suppress(OSError):

@@ -70,7 +70,7 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         try:
             self._build(read_json(path), path, model_type)
-        except (KeyError, TypeError, AttributeError) as e:
+        except (KeyError, TypeError, ValueError, AttributeError) as e:
             raise UserError(f"{path}: is not a whole tokenizer file ({e!r})") from None
 
     def _build(self, spec: dict, path: Path, model_type: str) -> None:
@@ -87,6 +87,8 @@ class Tokenizer:
         self.pattern = _split_pattern(spec.get("pre_tokenizer"), str(path))
 
         ranks = _mergeable_ranks(model, str(path))
+        if len(set(ranks.values())) < len(ranks):
+            raise ValueError("two tokens have the same id")
         self.added = {t["content"]: t["id"] for t in added}
         self.vocab_size = max([*ranks.values(), *self.added.values()]) + 1  # the embedding may have more rows
         # A vocabulary may lack some bytes (SmolLM2 does); tokenizers drops them after the split, and so does `_encode`.

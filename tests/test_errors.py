@@ -45,6 +45,7 @@ LINE = {"problem": "1+1", "cot": "2", "cot_answer": "\\boxed{2}"}
     (json.dumps(LINE | {"problem": "  "}), ["line 1", '"problem" is empty']),
     (json.dumps(LINE | {"cot_answer": 7}), ["line 1", '"cot_answer" is not a string']),
     (json.dumps(LINE | {"cot": "<think></think>"}), ["line 1", "no chain"]),
+    (json.dumps(LINE | {"cot": "<think>2</think>so 2"}), ["line 1", "in the midst of its chain"]),
     (json.dumps(LINE | {"cot": ["1", "2"]}), ["line 1", '"cot" is not a string']),
     ("", ["the file is empty"]), ("\n \n", ["the file is empty"]), ("\udcff", ["cannot be read"])])
 def test_bad_data(fails, checkpoint, tmp_path, text, words):
@@ -68,12 +69,21 @@ def test_half_a_config_or_tokenizer(fails, checkpoint, data, tmp_path):
     broken = tmp_path / "broken"
     shutil.copytree(checkpoint(), broken)
     config = json.loads((broken / "config.json").read_text())
-    for change, words in (({"vocab_size": "many"}, "wrong type"), ({"rope_parameters": {"rope_type": "llama3"}}, "is missing")):
+    for change, words in (({"vocab_size": "many"}, "vocab_size is 'many'"), ({"vocab_size": -1}, "vocab_size is -1"),
+                          ({"num_attention_heads": 0, "head_dim": None}, "zero"), ({"rms_norm_eps": None}, "rms_norm_eps is None"),
+                          ({"rope_parameters": {"rope_type": "llama3"}}, "is missing"), ({"rope_parameters": ["default"]}, "is not supported"),
+                          ({"dtype": "int8"}, "dtype = 'int8' is not supported"), ({"torch_dtype": "auto"}, "torch_dtype = 'auto'")):
         (broken / "config.json").write_text(json.dumps(config | change))
         fails(train_sft.main, sft(broken, data, tmp_path / "out"), "config.json", words)
+        assert not (tmp_path / "out").exists()
     (broken / "config.json").write_text(json.dumps(config))
-    (broken / "tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {}}}')
-    fails(train_sft.main, sft(broken, data, tmp_path / "out"), "tokenizer.json")
+    spec = json.loads((broken / "tokenizer.json").read_text())
+    model = spec["model"]
+    first, second, *_ = model["vocab"]
+    for change in ({"model": {"type": "BPE", "vocab": {}}}, {"model": model | {"merges": ["a"]}},
+                   {"model": model | {"vocab": model["vocab"] | {first: model["vocab"][second]}}}):
+        (broken / "tokenizer.json").write_text(json.dumps(spec | change))
+        fails(train_sft.main, sft(broken, data, tmp_path / "out"), "tokenizer.json: is not a whole tokenizer file")
 
 
 def test_bad_gzip(fails, checkpoint, tmp_path):

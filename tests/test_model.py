@@ -145,6 +145,9 @@ def test_a_missing_shard_is_named(broken):
     (broken / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}')
     with pytest.raises(UserError, match="model-00001-of-00002.safetensors: no such file"):
         load_checkpoint(broken)
+    (broken / "model.safetensors.index.json").write_text('{"weight_map": ["model-00001-of-00002.safetensors"]}')
+    with pytest.raises(UserError, match="index.json: has no weight_map"):
+        load_checkpoint(broken)
 
 
 def test_initialize_is_seeded_and_leaves_nothing_as_it_was():

@@ -116,7 +116,9 @@ def main():
     p.add_argument("--max-latents", type=at_least(1), default=256, help="latent budget")
     p.add_argument("--batch-size", type=at_least(1), default=64, help="rows that run side by side")
     args = p.parse_args()
-    _, _, device = start(args.device)
+    rank, _, device = start(args.device)
+    if rank:
+        return  # these few problems are rank 0's
     run, out = finished_run(args.model, "train_phase2"), Path(args.out)
     if run["top_k"] <= 0:
         raise UserError(f"{args.model}: was trained with top-k {run['top_k']}; N_eff is for superpositions of a few tokens")

@@ -271,8 +271,9 @@ class Sampler:
         s, results = self.state, []
         for num_latents, num_tokens, tokens, probs, ids in zip(*(x[chosen].cpu() for x in (s.num_latents, s.num_tokens, s.tokens, s.probs, s.ids))):
             tokens = tokens[:num_tokens].tolist()
+            probs, order = probs[:num_latents].sort(descending=True, stable=True)  # noise changes which is the likeliest
             finished = tokens[-1:] == [self.end_of_turn]
-            results.append(Result(probs[:num_latents].clone(), ids[:num_latents].clone(), tokens[:-1] if finished else tokens, finished))
+            results.append(Result(probs, ids[:num_latents].gather(-1, order), tokens[:-1] if finished else tokens, finished))
         return results
 
 
@@ -336,7 +337,9 @@ def main():
     add_sampling_arguments(p)
     p.add_argument("--prompt", help="the problem; without it, problems are read from the keyboard, one a line")
     args = p.parse_args()
-    _, _, device = start(args.device)
+    rank, _, device = start(args.device)
+    if rank:
+        return  # there is one prompt
     model, tokenizer, reasons = load_model(args.model, device, base_dtype(device))
     single = sampler(model, tokenizer, sampling(args, reasons, model.config.vocab_size), 1)
     if args.prompt is not None:

@@ -64,7 +64,7 @@ def load_problems(path: str) -> list[Problem]:
 
 def arm(text: str) -> str:
     """An argparse type: one of ARMS, or cut-M, or top-M."""
-    if text not in ARMS and not re.fullmatch(r"cut-\d+|top-[1-9]\d*", text):
+    if text not in ARMS and not re.fullmatch(r"cut-\d{1,9}|top-[1-9]\d{0,8}", text):
         raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(ARMS)}, cut-M, top-M")
     return text
 
@@ -106,6 +106,8 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
             "chain_length": len(chain) + len(latents), "answer_tokens": len(answer), "finished": result.finished}
     if latents and settings.top_k > 0:  # of the whole vocabulary only the likeliest are kept
         line["entropy"] = round(float(entropy(result.probs).mean()), 4)
+    if problem.chain:
+        line["written_length"] = len(tokenizer.encode(problem.chain))
     if latents:
         written = segments(tokenizer.encode(problem.chain), r) if problem.chain else []
         line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written) for k in (5, 10) if k <= result.ids.shape[1]}
@@ -120,7 +122,7 @@ def pass_at(k: int, samples: int, right: int) -> float:
 
 def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
     """Accuracy in percent with a 95% normal interval over problems, pass@k, #L (chain_length), answer tokens, the entropy
-    (in nats) and, where there are chains, ECR@K of all latents, and seconds per sample.
+    (in nats) and, where there are written chains, ECR@K of all latents and their tokens over #L (compression); seconds per sample.
 
     `predictions`: those of the first problem, then those of the second, ...
     """
@@ -137,6 +139,9 @@ def summarize(predictions: list[dict], samples: int, seconds: float) -> dict:
         counts = [p["chain_length"] if key == "entropy" else min(p["chain_length"], p["segments"]) for p in known]
         if known:
             summary[key] = sum(n * p[key] for n, p in zip(counts, known)) / sum(counts)
+    known = [p for p in predictions if "written_length" in p]
+    if thought := sum(p["chain_length"] for p in known):
+        summary["compression"] = sum(p["written_length"] for p in known) / thought
     return summary | {"chain_length": mean("chain_length"), "answer_tokens": mean("answer_tokens"),
                       "finished": 100 * mean("finished"), "seconds": seconds, "seconds_per_problem": seconds / len(predictions)}
 
@@ -272,8 +277,8 @@ def main():
     files = {Path(file).name.removesuffix(".gz").removesuffix(".jsonl"): file for file in args.data}
     if len(files) < len(args.data):
         raise UserError("--data: two of the files have the same name, which names their results; evaluate them one by one")
-    if "settings" in files:
-        raise UserError("--data: results would be named settings.json, which evaluations have already; rename the file")
+    for name in {"", "settings"} & files.keys():
+        raise UserError(f"--data: results of {files[name]} would be named {name}.json, which is no name or has a meaning; rename the file")
     problems_of = {name: load_problems(file) for name, file in files.items()}
     hashes = {name: file_hash(file) for name, file in files.items()}
     model, tokenizer, reasons = load_model(args.model, device, base_dtype(device))

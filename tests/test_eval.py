@@ -1,5 +1,6 @@
 """Grading and the evaluation command."""
 
+import gzip
 import itertools
 import json
 import os
@@ -54,6 +55,7 @@ def test_command(command, checkpoint, data, tmp_path, thinking):
     predictions = [json.loads(line) for line in (tmp_path / "train.predictions.jsonl").read_text().splitlines()]
     assert summary["count"] == len(predictions) == 40 and f"{summary['accuracy']:.1f}" in printed
     assert [p["problem"] for p in predictions] == [row["problem"] for row in map(json.loads, data.open())]
+    assert [p["written_length"] for p in predictions] == [len(row["cot"]) for row in map(json.loads, data.open())]  # a token a character
     assert summary["chain_length"] == pytest.approx(sum(p["chain_length"] for p in predictions) / 40)
     assert all(len(p["latents"]) == p["chain_length"] <= 3 for p in predictions) if thinking == "latent" else not predictions[0]["latents"]
 
@@ -71,6 +73,8 @@ def test_means_over_latents():
                                               "ecr@5": ecr} | ({"entropy": entropy} if n else {})
     s = evaluation.summarize([line(3, 1.0, 2.0, 1), line(1, 0.5, 1.0, 3), line(0, None, None, 4), line(2, 2.0, None, 0)], 1, 8.0)
     assert s["entropy"] == pytest.approx((3 * 1.0 + 0.5 + 2 * 2.0) / 6) and s["ecr@5"] == pytest.approx(1.5)
+    lines = [line(3, 1.0, 2.0, 1) | {"written_length": 7}, line(2, 0.5, 1.0, 3), line(1, None, None, 4) | {"written_length": 3}]
+    assert evaluation.summarize(lines, 1, 8.0)["compression"] == 2.5 and "compression" not in s  # of the problems with a written chain
 
 
 def test_ranks_share_the_problems(command, checkpoint, data, tmp_path):
@@ -81,6 +85,13 @@ def test_ranks_share_the_problems(command, checkpoint, data, tmp_path):
     torchrun(2, "eval.py", *arguments, "--out", tmp_path / "two", "--device", "cpu")
     one, two = ((tmp_path / x / "train.predictions.jsonl").read_text() for x in ("one", "two"))
     assert one == two and one.count("\n") == 40
+
+
+def test_results_need_a_name(command, checkpoint, data, tmp_path):
+    for name in (".jsonl", "settings.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(data.read_bytes()) if name.endswith(".gz") else data.read_bytes())
+        code, _, error = command(evaluation.main, "--model", checkpoint(), "--data", tmp_path / name, "--out", tmp_path / "out", *ARGUMENTS)
+        assert code == 1 and name in error and "rename the file" in error and not (tmp_path / "out").exists()
 
 
 def test_split_chain():

@@ -13,7 +13,7 @@ MAIN variants and one seed, as far as the speed of each stage tells. Writes OUT/
 import argparse
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 import gzip
 import json
 import math
@@ -46,9 +46,9 @@ SHORT = 0.4
 CUE = 3  # words of a problem, from which a model goes on to a new one
 WRITER = "--lr 5e-4 --batch-size 128 --epochs 3"
 WRITE = "--temperature 0.8 --top-p 0.95 --max-new-tokens 256 --batch-size 512 --samples 14"
-SETTINGS = {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "short": SHORT, "eval": EVAL, "cue": CUE, "writer": WRITER, "write": WRITE}
 KEEP = "--keep 2"  # models of phase 2, and the end: what is right most often on gsm8k-valid is chosen
 ROWS = "--row-tokens 17408"
+SETTINGS = {"sft": SFT, "phase1": PHASE1, "phase2": PHASE2, "eval": EVAL, "cue": CUE, "writer": WRITER, "write": WRITE, "keep": KEEP, "rows": ROWS}
 SMOKE = "--max-steps 2 --batch-size 4"
 SMOKE_EVAL = "--max-latents 8 --max-new-tokens 8 --batch-size 4"  # behind those of EVAL or WRITE, and instead of them
 ARMS = "forced floor random other argmax top-2 top-4 cut-4"  # what the latents are good for, on gsm8k-test
@@ -208,21 +208,21 @@ def own_chains(cot_sft: Path, problems: Path, data: Path, home: Path, flags: str
         write_lines(home / "fresh.jsonl", given + own)
 
 
-def train_phase1(v: Variant, cot_sft: Path, home: Path, data: Path, how) -> Path:
-    """The phase 1 run of a variant, in `home`; `how(step, files)` are the flags of a step of training on these files."""
+def phase1_run(v: Variant, cot_sft: Path, home: Path, data: Path, training_flags) -> Path:
+    """The phase 1 run of a variant, in `home`; `training_flags(v, step, files)`: of a step of training on these files."""
     phase1, files, origin = home / "phase1" / v.latents, {"data": data / "train.jsonl", "valid": data / "valid.jsonl"}, {"model": cot_sft}
     for step in ("encoder", "decoder", "joint"):
-        flags = f"--step {step} --compression {v.r} {v.phase1} {PHASE1} {how(step, files)}"
+        flags = f"--step {step} --compression {v.r} {v.phase1} {PHASE1} {training_flags(v, step, files)}"
         stage("train_phase1.py", flags, phase1 / step, "finished.json", **origin, **files)
         origin = {"init": phase1 / step}
     return phase1 / "joint"
 
 
-def train_phase2(v: Variant, phase1: Path, out: Path, after: Path | None, files: dict, device: str, how) -> None:
+def phase2_run(v: Variant, phase1: Path, out: Path, after: Path | None, files: dict, device: str, training_flags) -> None:
     """Trains a variant's model, which starts from `after` or the decoder of `phase1`, into `out`."""
     cached, origin = phase1.parent / f"cache-{v.data}", {"init": after} if after else {}
     stage("cache_latents.py", device, cached, "cache.json", phase1=phase1, data=files["data"])
-    flags = f"{PHASE2} {KEEP if v.epochs >= 1 else ''} {v.phase2} {how('phase2', files)}"
+    flags = f"{PHASE2} {KEEP if v.epochs >= 1 else ''} {v.phase2} {training_flags(v, 'phase2', files)}"
     stage("train_phase2.py", flags, out, "finished.json", phase1=phase1, cache=cached, **origin, **files)
 
 
@@ -231,7 +231,10 @@ def choose(v: Variant, run: Path, home: Path, flags: str, valid: Path, gpu: str)
     made."""
     chosen = home / "chosen.json"
     if chosen.exists():
-        return next(model for model in (run, *run.glob("step-*")) if model.name == read_json(chosen)["chosen"])
+        before = read_json(chosen)
+        if before["variant"] != vars(v):
+            raise UserError(f"{home}: was made when this variant was {before['variant']}; choose another --out")
+        return run if before["chosen"] == run.name else run / before["chosen"]
     models, found = [run, *sorted(run.glob("step-*"))], {}
     for model in models if len(models) > 1 else ():
         evaluation(flags, home / f"valid-{model.name}", model, [valid])
@@ -371,7 +374,7 @@ def train_all(args, out: Path) -> None:
         v = VARIANTS[name]
         needed += [v.after] * bool(v.after) + ["CoT-SFT"] * bool(v.r or v.fresh)  # phase 1 starts there, and it writes chains
     for seed in args.seeds:
-        def how(v, step, files):
+        def training_flags(v, step, files):
             epochs = EPOCHS[step] * args.minutes / 60 * num_lines(data / "train.jsonl") / num_lines(files["data"])  # as many steps
             epochs *= v.epochs if step in ("phase2", "sft") else 1
             return f"--seed {seed} {device} " + (SMOKE if args.smoke else f"--epochs {epochs:.4g} {ROWS}")
@@ -379,16 +382,16 @@ def train_all(args, out: Path) -> None:
         for name in (name for name in VARIANTS if name in needed):
             v, home = VARIANTS[name], seeded / name
             print(f"\n{name}, seed {seed}", flush=True)
-            run, chains, how_to = home / "model", data, partial(how, v)
-            phase1 = train_phase1(v, trained["CoT-SFT"], seeded, data, how_to) if v.r else None
+            run, chains = home / "model", data
+            phase1 = phase1_run(v, trained["CoT-SFT"], seeded, data, training_flags) if v.r else None
             if v.fresh:
                 chains, problems = seeded / "fresh", fresh_problems(Path(args.model), data, out / "fresh", device, args.smoke)
                 own_chains(trained["CoT-SFT"], problems, data, chains, flags, args.smoke)
             files = {"data": chains / f"{v.data}.jsonl", "valid": data / "valid.jsonl"}
             if phase1:
-                train_phase2(v, phase1, run, trained.get(v.after), files, device, how_to)
+                phase2_run(v, phase1, run, trained.get(v.after), files, device, training_flags)
             else:
-                stage("train_sft.py", f"{SFT} {v.sft} {how_to('sft', files)}", run, "finished.json", model=args.model, **files)
+                stage("train_sft.py", f"{SFT} {v.sft} {training_flags(v, 'sft', files)}", run, "finished.json", model=args.model, **files)
             run = trained[name] = choose(v, run, home, flags, *of("gsm8k-valid"), gpu)
             if name not in args.variants:
                 continue  # trained for others to start from

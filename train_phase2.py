@@ -4,8 +4,8 @@
 
 Loss = w_ce * CE(</think> A) + w_kl * KL(alpha || q), q the softmax of the LM head at the position before each latent; KL is
 averaged over the latents of an example, then over examples. With --own-share, part of the examples read, in the place of the
-cached latents, what the model itself makes of the positions before them. Where latents are hidden states, their squared error is
-added. See docs/METHOD.md.
+cached latents, what the model itself makes of the positions before them; with --init another student goes on. Where latents are
+hidden states, their squared error is added. See docs/METHOD.md.
 """
 
 from dataclasses import dataclass
@@ -114,7 +114,7 @@ class Phase2(Task):
 
 def main():
     p = parser(__doc__)
-    p.add_argument("--phase1", required=True, help="the phase 1 run whose decoder the student starts from")
+    p.add_argument("--phase1", required=True, help="the phase 1 run that made the latents; the student starts from its decoder")
     p.add_argument("--cache", required=True, help="the latents that its encoder made of --data (cache_latents.py)")
     p.add_argument("--init", help="a phase 2 run of all weights to start from instead of the decoder of --phase1; its r may be another")
     p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --phase1")
@@ -144,6 +144,8 @@ def main():
         args.init, other = str(Path(args.init).resolve()), finished_run(args.init, "train_phase2")
         if not (args.all_weights and other["all_weights"]):
             raise UserError("--init: both trainings need --all-weights; an adapter learns on top of a decoder of phase 1")
+        if other["top_k"] != args.top_k:
+            raise UserError(f"--init {args.init}: was trained with top_k {other['top_k']}, and --phase1 with {args.top_k}; name runs of one")
         if resolve(other["phase1"])[0] != resolve(args.phase1)[0]:
             raise UserError(f"--init {args.init}: began with another checkpoint than --phase1; name runs of one")
     if args.all_weights and args.shard:

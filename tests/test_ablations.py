@@ -130,7 +130,9 @@ def test_a_student_goes_on_with_another_compression(command, checkpoint, data, t
     assert all(torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
     assert any(not torch.equal(a, b) for a, b in zip(load_model(run[3])[0].parameters(), after.parameters()))
     other = phase1(command, lambda: checkpoint("qwen2"), data, tmp_path / "other")
+    hidden = phase1(command, checkpoint, data, tmp_path / "hidden", "--top-k", HIDDEN)
     for make, of, init, words in ((all_weights, run[3], run[3], "is no run of train_phase2.py"), (all_weights, other, student, "another checkpoint"),
+                                  (all_weights, hidden, student, "with top_k 3, and --phase1 with -1"),
                                   (phase2_arguments, run[3], student, "need --all-weights")):
         code, _, error = command(train_phase2.main, *make(of, data, cache[3], tmp_path / "nothing", "--init", init))
         assert code == 1 and words in error and not (tmp_path / "nothing").exists()

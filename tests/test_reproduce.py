@@ -9,7 +9,7 @@ import reproduce
 from runs import UserError
 
 
-def test_smoke(command, checkpoint, data, tmp_path):
+def test_smoke(command, checkpoint, data, tmp_path, monkeypatch):
     source, out = tmp_path / "data", tmp_path / "out"
     source.mkdir()
     for name in ("gsm8k-train", *reproduce.TESTS):
@@ -46,6 +46,9 @@ def test_smoke(command, checkpoint, data, tmp_path):
     (out / "seed1" / "Latent-r2-own" / "eval" / "gsm8k-test.json").unlink()
     code, _, error = command(reproduce.main, *arguments, "--variants", "Latent-r2-own", "CoT-SFT", "--jobs", 2)
     assert code == 1 and "1 calls failed, of which" in error and "another evaluation" in (out / "Latent-r2-own-1.log").read_text()
+    monkeypatch.setitem(reproduce.VARIANTS, "Latent-r2", reproduce.Variant(2, epochs=3.0, arms=True))
+    code, _, error = command(reproduce.main, *arguments, "--variants", "Latent-r2")
+    assert code == 1 and "Latent-r2: was made when this variant was" in error and "'epochs': 1.0" in error
     results["runs"]["Latent-r2"]["seed1"]["gsm8k-valid"]["accuracy"] = 12.3
     (out / "results.json").write_text(json.dumps(results))
     assert command(report.main, out)[0] == 0

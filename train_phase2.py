@@ -155,7 +155,8 @@ def main():
 
     rank, world, device = start(args.device)
     torch.manual_seed(args.seed)
-    model, tokenizer, _ = load_model(args.init or args.phase1, "cpu" if args.shard else device, torch.float32 if args.all_weights else base_dtype(device))
+    dtype = torch.float32 if args.all_weights else base_dtype(device)
+    model, tokenizer, _ = load_model(args.init or args.phase1, "cpu" if args.shard else device, dtype)
     if not args.all_weights:
         lora.add_adapter(model, "student", args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
     plain = load_examples(args.data, tokenizer)

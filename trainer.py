@@ -231,7 +231,8 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     if rank == 0:
         _truncate_metrics(out / "metrics.jsonl", first)
         learning, total = (sum(p.numel() for p in ps) for ps in (learned.values(), task.parameters()))
-        print(f"{args.command}: {learning:,} of {total:,} parameters learn from {args.data} ({len(examples)} examples), "
+        origin = next(filter(None, (getattr(args, key, None) for key in ("init", "phase1", "model"))))
+        print(f"{args.command}: {learning:,} of {total:,} parameters of {origin} learn from {args.data} ({len(examples)} examples), "
               f"{steps} steps of {args.batch_size} on {world} x {device}" + (f", going on at step {first}" if first else ""))
 
     def save():

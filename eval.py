@@ -106,10 +106,11 @@ def prediction(problem: Problem, result: Result, tokenizer: Tokenizer, settings:
             "chain_length": len(chain) + len(latents), "answer_tokens": len(answer), "finished": result.finished}
     if latents and settings.top_k > 0:  # of the whole vocabulary only the likeliest are kept
         line["entropy"] = round(float(entropy(result.probs).mean()), 4)
-    if problem.chain:
-        line["written_length"] = len(tokenizer.encode(problem.chain))
+    written = tokenizer.encode(problem.chain) if problem.chain else []
+    if written:
+        line["written_length"] = len(written)
     if latents:
-        written = segments(tokenizer.encode(problem.chain), r) if problem.chain else []
+        written = segments(written, r)
         line |= {f"ecr@{k}": effective_compression(result.ids[:, :k], written) for k in (5, 10) if k <= result.ids.shape[1]}
         line["segments"] = len(written)
     return line

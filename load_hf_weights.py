@@ -67,7 +67,7 @@ def read_config(directory: str | Path) -> Config:
     except KeyError as e:
         raise UserError(f"{path}: {e} is missing; is this a whole checkpoint?") from None
     except (TypeError, ValueError, ZeroDivisionError) as e:
-        raise UserError(f"{path}: a value is none that it can have ({e})") from None
+        raise UserError(f"{path}: a value is of the wrong kind ({e})") from None
 
 
 def hf_name(name: str) -> str:

@@ -227,11 +227,12 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
     gradients = flat_gradients(list(learned.values()))
     progress = _load_state(out / "resume.safetensors", learned, optimizer)
     first, begin = progress["steps"], time.time() - progress["seconds"]
-    next_save = time.monotonic() + 10
+    due_after = lambda took: time.monotonic() + min(max(10, 20 * took), 600)  # where all weights learn a state is gigabytes
+    next_save = due_after(0)
     if rank == 0:
         _truncate_metrics(out / "metrics.jsonl", first)
         learning, total = (sum(p.numel() for p in ps) for ps in (learned.values(), task.parameters()))
-        origin = next(filter(None, (getattr(args, key, None) for key in ("init", "phase1", "model"))))
+        origin = vars(args).get("init") or vars(args).get("phase1") or args.model
         print(f"{args.command}: {learning:,} of {total:,} parameters of {origin} learn from {args.data} ({len(examples)} examples), "
               f"{steps} steps of {args.batch_size} on {world} x {device}" + (f", going on at step {first}" if first else ""))
 
@@ -242,8 +243,7 @@ def train(task: Task, examples: list, valid: list | None, args, rank: int, world
             task.save(out)
             progress["seconds"] = time.time() - begin
             _save_state(out / "resume.safetensors", progress, learned, optimizer)
-            end = time.monotonic()
-            next_save = end + min(max(10, 20 * (end - start)), 600)  # where all weights learn a state is gigabytes
+            next_save = due_after(time.monotonic() - start)
 
     keeping = {steps * i // (args.keep + 1) for i in range(1, args.keep + 1)}
 

@@ -1,161 +1,234 @@
-"""The attention functions that are handed to the model: packed rows under a mask rule, and a KV cache.
+"""The model on packed rows under a mask rule; the attention functions of that, and of a KV cache.
 
-Nowhere is work done for the square of a packed row: on a CPU its documents are laid side by side, those of similar length
-together; on a GPU flash attention takes their lengths, or FlexAttention the blocks that they touch.
+Which kernel serves which step:
+    causal packed rows on a GPU     flash attention over documents of any length (varlen)
+    other rules on a GPU            FlexAttention
+    packed rows on a CPU            SDPA with dense masks, on groups of documents of similar length
+    decoding with the KV cache      FlexAttention on a GPU, SDPA on a CPU
+No step does work for the square of a packed row.
 """
 
+from collections import defaultdict
+from copy import deepcopy
 from functools import cache, cached_property
 import inspect
+from itertools import repeat
 
 import torch
+from torch import nn
 import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.utils.rnn import pad_sequence
 
-from masks import Labels, causal
-from model import Config
-from runs import fused
+from lora import projections
+from masks import causal, earlier
 
-BLOCK = 128  # tokens; FlexAttention masks [BLOCK, BLOCK] of queries and keys at a time
+BLOCK = 128  # tokens: FlexAttention masks blocks of [BLOCK queries, BLOCK keys]
 
 
 class PackedAttention:
-    """`attend` for one packed row: each document by itself, under `rule` (masks.py).
+    """Attention of one packed row with masks.Labels: each document by itself, under `rule`."""
 
-    On a GPU, causal rows in half precision run on flash attention and all others on FlexAttention; a CPU has PyTorch's SDPA.
-    """
-
-    def __init__(self, labels: Labels, rule=causal):
+    def __init__(self, labels, rule=causal):
         self.labels, self.rule = labels, rule
+        if labels.document.is_cuda:
+            self.block_mask = self._block_mask()
 
-    def __call__(self, layer, q, k, v):
+    def __call__(self, q, k, v):
         if not q.is_cuda:
-            return self._side_by_side(q, k, v)
+            return self._by_length(q, k, v)
         if self.rule is causal and q.dtype != torch.float32:
-            return _flash_varlen()(q, k, v, self.cu_seqlens, self.labels.longest)
+            return flash_varlen()(q, k, v, self.labels.starts, self.labels.longest)
         return self._flex(q, k, v)
 
     @cached_property
     def groups(self):
-        """The documents by size class: (where their tokens are [documents, longest], which of those are real, the mask)."""
-        document = self.labels.document
-        starts = torch.cat([document.new_ones(1, dtype=torch.bool), document[1:] != document[:-1]]).nonzero().squeeze(1)
-        lengths = torch.diff(starts, append=starts.new_tensor([len(document)]))
-        size_class = lengths.float().log2().ceil()  # lengths of one class differ by a factor of two at most
-        groups = []
-        for size in size_class.unique():
-            start, length = starts[size_class == size, None], lengths[size_class == size, None]
-            offset = torch.arange(int(length.max()), device=document.device)
-            valid = offset < length
-            # beyond its end a document's last token is repeated as a query, and nobody sees it as a key
-            grid = start + torch.minimum(offset, length - 1)
-            mask = self.rule(self.labels, grid[:, :, None], grid[:, None, :]) & valid[:, None, :]
-            groups.append((grid, valid, mask[:, None]))
-        return groups
+        """[(token indices [documents, length], mask)] of documents of similar length.
 
-    @cached_property
-    def order(self):
-        """Where each token of the row is among the real tokens of all groups."""
-        return torch.cat([grid[valid] for grid, valid, _ in self.groups]).argsort()
+        Lengths in a group differ by a factor of two at most. Behind the end of a document indices
+        are -1: as keys nobody sees them, as queries they see all.
+        """
+        by_size, T = defaultdict(list), len(self.labels.document)
+        for tokens in torch.arange(T).split(self.labels.starts.diff().tolist()):
+            by_size[len(tokens).bit_length()].append(tokens)
+        grids = [pad_sequence(x, batch_first=True, padding_value=-1) for x in by_size.values()]
+        seen = (
+            self.rule(self.labels, x[:, :, None], x[:, None]) & (x >= 0)[:, None] for x in grids
+        )
+        return [(x, (mask | (x < 0)[:, :, None])[:, None]) for x, mask in zip(grids, seen)]
 
-    def _side_by_side(self, q, k, v):
-        parts = []
-        for grid, valid, mask in self.groups:  # [documents, heads, longest, head_dim]
-            gathered = (x.index_select(0, grid.flatten()).unflatten(0, grid.shape).transpose(1, 2) for x in (q, k, v))
-            part = F.scaled_dot_product_attention(*gathered, attn_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
-            parts.append(part.transpose(1, 2)[valid])
-        return torch.cat(parts)[self.order]
+    def _by_length(self, q, k, v):
+        out, gqa = torch.zeros_like(q), q.shape[1] != k.shape[1]
+        for grid, mask in self.groups:
+            at, shape, real = grid.clamp(min=0).flatten(), grid.shape, grid >= 0
+            qkv = (x.index_select(0, at).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
+            part = F.scaled_dot_product_attention(*qkv, attn_mask=mask, enable_gqa=gqa)
+            out = out.index_copy(0, grid[real], part.transpose(1, 2)[real])
+        return out
 
-    @cached_property
-    def cu_seqlens(self):
-        """Where each document begins, int32 [documents + 1]; those that there are not are empty ones at the end."""
-        document = self.labels.document
-        numbers = torch.arange(self.labels.documents + 1, dtype=document.dtype, device=document.device)
-        return torch.searchsorted(document, numbers, out_int32=True)
-
-    @cached_property
-    def block_mask(self) -> BlockMask:
-        """Which blocks of keys a block of queries needs: from that in which its first document begins to its own."""
-        labels, rule, document = self.labels, self.rule, self.labels.document
-        first = torch.searchsorted(document, document[::BLOCK].contiguous()) // BLOCK
-        own = torch.arange(len(first), device=document.device)
-        indices = (first[:, None] + own).clamp(max=len(own) - 1)  # row i: first_i, first_i + 1, ...; own - first + 1 of them
-        return BlockMask.from_kv_blocks((own - first + 1).int()[None, None], indices.int()[None, None], BLOCK_SIZE=BLOCK,
-                                        mask_mod=lambda b, h, q, k: rule(labels, q, k), seq_lengths=(len(document),) * 2)
+    def _block_mask(self):
+        """A block of queries needs the key blocks from its first document's to its own."""
+        labels, rule, T = self.labels, self.rule, len(self.labels.document)
+        first = labels.starts[labels.document[::BLOCK]] // BLOCK
+        own = torch.arange(len(first), dtype=torch.int32, device=first.device)
+        indices = (first[:, None] + own).clamp(max=len(own) - 1)  # row i: first_i, first_i + 1, ...
+        return BlockMask.from_kv_blocks(
+            (own - first + 1)[None, None],
+            indices[None, None],
+            BLOCK_SIZE=BLOCK,
+            mask_mod=lambda b, h, q, k: rule(labels, q, k),
+            seq_lengths=(T, T),
+        )
 
     def _flex(self, q, k, v):
-        attention = fused(flex_attention, q)
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        # Tiles of 64 keys: with short documents more than twice as fast as the default of 128. Never ROWS_GUARANTEED_SAFE, though
-        # every query sees itself: one that sees nothing in its first tile of keys would come out as NaN.
+        # Tiles of 64 keys: twice as fast as 128 on short documents. ROWS_GUARANTEED_SAFE would give
+        # NaN for a query that sees nothing in its first tile.
         options = {"fwd_BLOCK_N": 64} if q.is_cuda and q.dtype != torch.float32 else None
-        attended = attention(q, k, v, block_mask=self.block_mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
-        return attended[0].transpose(0, 1)
+        more = dict(enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return flex_attention(q, k, v, block_mask=self.block_mask, **more)[0].transpose(0, 1)
 
 
 @cache
-def _flash_varlen():
-    """Causal flash attention, f(q, k, v, cu_seqlens, max_seqlen): flash_attn's where it is installed, else PyTorch's own."""
+def flash_varlen():
+    """Causal flash attention f(q, k, v, starts, longest): flash_attn's, or else PyTorch's own."""
     try:
-        from flash_attn import flash_attn_varlen_func
-        return lambda q, k, v, cu, longest: flash_attn_varlen_func(q, k, v, cu, cu, longest, longest, causal=True)
+        from flash_attn import flash_attn_varlen_func as flash
+
+        return lambda q, k, v, at, n: flash(q, k, v, at, at, n, n, causal=True)
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
-    # torch 2.11 takes fewer heads of k and v without being told
+    # torch 2.11 has no such argument and takes grouped heads without it
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return lambda q, k, v, cu, longest: varlen_attn(q, k, v, cu, cu, longest, longest, window_size=(-1, 0), **gqa)
+    return lambda q, k, v, at, n: varlen_attn(q, k, v, at, at, n, n, window_size=(-1, 0), **gqa)
+
+
+class Runner:
+    """Runs a model on packed rows.
+
+    graphs: in training, rows of one shape are replayed as CUDA graphs. recompute: backward computes
+    each layer again, which takes less memory. Not both.
+    """
+
+    def __init__(self, model, graphs=False, recompute=False):
+        self.model, self.recompute = model, recompute
+        self.recorded, self.graphs = {}, graphs and not recompute
+
+    def __call__(self, inputs_embeds, row, rule, adapter=None):
+        """inputs_embeds [T, hidden_size] of a PackedBatch -> hidden states [T, hidden_size].
+
+        `rule` is of masks.py. `adapter` names the LoRA adapter to use, None the base alone.
+        """
+        if not (self.graphs and self.model.training):
+            return self.run(inputs_embeds, row, rule, adapter)
+        if (rule, adapter) not in self.recorded:
+            self.recorded[rule, adapter] = RecordedRow(self, inputs_embeds, row, rule, adapter)
+        return self.recorded[rule, adapter].replay(inputs_embeds, row)
+
+    def run(self, inputs_embeds, row, rule, adapter):
+        attend = repeat(PackedAttention(row.labels, rule))
+        project = projections(adapter)
+        return self.model(inputs_embeds, row.position_ids, attend, project, self.recompute)
+
+
+class RecordedRow(nn.Module):
+    """One row in fixed memory; forward and backward are recorded as CUDA graphs."""
+
+    def __init__(self, runner, inputs_embeds, row, rule, adapter):
+        super().__init__()
+        self.runner, self.row, self.rule, self.adapter = runner, deepcopy(row), rule, adapter
+        x = inputs_embeds.detach().clone().requires_grad_(inputs_embeds.requires_grad)
+        with torch.random.fork_rng([x.device]):  # so that a resumed run draws the same numbers
+            torch.cuda.make_graphed_callables(self, (x,), allow_unused_input=True)
+
+    def parameters(self, recurse=True):
+        """Those that the recorded backward has gradients for."""
+        model = self.runner.model
+        for name, p in (*model.layers.named_parameters(), *model.norm.named_parameters()):
+            used = f".adapters.{self.adapter}." in name or ".adapters." not in name
+            if p.requires_grad and used:
+                yield p
+
+    def forward(self, x):
+        return self.runner.run(x, self.row, self.rule, self.adapter)
+
+    def replay(self, inputs_embeds, row):
+        self.row.position_ids.copy_(row.position_ids)
+        for name in ("document", "kind", "segment", "starts"):
+            getattr(self.row.labels, name).copy_(getattr(row.labels, name))
+        return self(inputs_embeds)
 
 
 class KVCache:
-    """Keys and values of `rows` sequences of up to `length` tokens; each row is its own sequence and may be reused."""
+    """Keys and values of `rows` sequences of up to `length` tokens, a multiple of BLOCK.
 
-    def __init__(self, config: Config, rows: int, length: int, device, dtype):
-        shape = (config.num_hidden_layers, 2, rows, config.num_key_value_heads, length, config.head_dim)
+    Each row is a sequence of its own and may be reused.
+    """
+
+    def __init__(self, config, rows, length, device, dtype):
+        heads = config.num_key_value_heads
+        shape = (config.num_hidden_layers, 2, rows, heads, length, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
-        self.group = config.num_attention_heads // config.num_key_value_heads  # heads that share keys and values
-        self.blocks = torch.arange(length // BLOCK, dtype=torch.int32, device=device).repeat(rows, 1, 1, 1)
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens read so far: the next position
+        self.group = config.num_attention_heads // heads  # query heads that share keys and values
+        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens read so far
+        blocks = torch.arange(length // BLOCK, dtype=torch.int32, device=device)
+        self.blocks = blocks.repeat(rows, 1, 1, 1)
 
     @staticmethod
-    def bytes_per_row(config: Config, length: int, dtype) -> int:
-        return 2 * config.num_hidden_layers * length * config.num_key_value_heads * config.head_dim * dtype.itemsize
+    def bytes_per_row(config, length, dtype):
+        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+        return numbers * length * dtype.itemsize
 
-    def prefill(self, rows: torch.Tensor, labels: Labels, position_ids: torch.Tensor):
-        """`attend` that reads one packed row of prompts and stores document i in cache row `rows[i]`, from its start."""
+    def prefill(self, rows, labels, position_ids):
+        """Attention of each layer for packed prompts: document i goes to cache row rows[i]."""
         attend, row = PackedAttention(labels), rows[labels.document]
-        self.lengths[rows] = torch.bincount(labels.document, minlength=len(rows))
+        self.lengths[rows] = labels.starts.diff().long()
 
-        def prefill(layer, q, k, v):
-            self.kv[layer, :, row, :, position_ids] = torch.stack((k, v), 1)
-            return attend(layer, q, k, v)
-        return prefill
+        def of_layer(kv):
+            def prefill(q, k, v):
+                kv[:, row, :, position_ids] = torch.stack((k, v), 1)
+                return attend(q, k, v)
 
-    def decode(self, active: torch.Tensor, longest: int):
-        """`attend` for one more token of every row, at position `lengths`; only rows in bool `active` grow by it.
+            return prefill
 
-        `longest`: at least as many tokens as any row will then have. A GPU asks the rows themselves, block by block.
+        return [of_layer(kv) for kv in self.kv]
+
+    def decode(self, active):
+        """Attention, one for each layer, of the next token of every row, at position `lengths`.
+
+        Only rows in bool `active` grow by it.
         """
         position = self.lengths.clone()
-        attend = self._attend_blocks(position) if position.is_cuda else self._attend_all(position, longest)
         self.lengths += active
+        if position.is_cuda:
+            mask = self.block_mask(position)
+        else:
+            mask = earlier(position[:, None, None, None], torch.arange(int(position.max()) + 1))
+        return [CachedAttention(kv, position, mask) for kv in self.kv]
 
-        def decode(layer, q, k, v):
-            fused(_append, position)(k, v, self.kv[layer], position)
-            # heads that share keys and values are so many queries at one position
-            return attend(q.unflatten(1, (k.shape[1], -1)), *self.kv[layer]).flatten(1, 2)
-        return decode
-
-    @staticmethod
-    def _attend_all(position, longest):
-        mask = torch.arange(longest, device=position.device) <= position[:, None, None, None]
-        return lambda q, k, v: F.scaled_dot_product_attention(q, k[:, :, :longest], v[:, :, :longest], attn_mask=mask)
-
-    def _attend_blocks(self, position):
-        mask = BlockMask.from_kv_blocks((position // BLOCK + 1).int()[:, None, None], self.blocks, BLOCK_SIZE=BLOCK,
-                                        mask_mod=lambda b, h, q, k: k <= position[b], seq_lengths=(self.group, self.kv.shape[-2]),
-                                        compute_q_blocks=False)
-        return lambda q, k, v: fused(flex_attention, q)(q, k, v, block_mask=mask)
+    def block_mask(self, position):
+        """Reads only the blocks that a row has filled."""
+        return BlockMask.from_kv_blocks(
+            (position // BLOCK + 1).int()[:, None, None],
+            self.blocks,
+            BLOCK_SIZE=BLOCK,
+            mask_mod=lambda b, h, q, k: earlier(position[b], k),
+            seq_lengths=(self.group, self.kv.shape[-2]),
+            compute_q_blocks=False,
+        )
 
 
-def _append(k, v, kv, position):
-    """Puts k and v [rows, kv_heads, head_dim] into kv [2, rows, kv_heads, length, head_dim] at `position` [rows]."""
-    kv[:, torch.arange(len(position), device=position.device), :, position] = torch.stack((k, v), 1)
+class CachedAttention:
+    """One layer's attention of one token per row: stores its k and v at `position`, then looks."""
+
+    def __init__(self, kv, position, mask):
+        self.kv, self.position, self.mask = kv, position, mask
+
+    def __call__(self, q, k, v):
+        rows = torch.arange(len(q), device=q.device)
+        self.kv[:, rows, :, self.position] = torch.stack((k, v), 1)
+        q = q.unflatten(1, (k.shape[1], -1))  # heads that share keys are queries at one position
+        if isinstance(self.mask, BlockMask):
+            return flex_attention(q, *self.kv, block_mask=self.mask).flatten(1, 2)
+        keys, values = self.kv[..., : self.mask.shape[-1], :]
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=self.mask).flatten(1, 2)

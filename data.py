@@ -1,162 +1,130 @@
-"""From JSONL to packed rows: examples, the four layouts (docs/METHOD.md), and packing without padding."""
+"""JSONL line -> Example -> layout -> packed row. The layouts are the table in docs/METHOD.md."""
 
-from dataclasses import dataclass, fields, is_dataclass, replace
-import gzip
+from dataclasses import dataclass, is_dataclass, replace
 import heapq
-import json
-from pathlib import Path
-import zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from attention import BLOCK
+from lib.errors import UserError
+from lib.files import read_jsonl, reading
+from lib.tokenizer import END_THINK, THINK
 from masks import ANSWER, LATENT, PROMPT, TEXT, Labels, dual_track_positions
-from runs import UserError
-from tokenizer import END_THINK, THINK, Tokenizer
 
 
 @dataclass
 class Example:
-    """Token ids (int lists) of one training example. `prompt` is Q <think>, `answer` ends with the end-of-turn token."""
+    """Token ids of one example. `prompt` is Q <think>, `answer` ends with the end-of-turn token."""
+
     prompt: list[int]
     chain: list[int]
     end_think: list[int]
     answer: list[int]
 
 
-def read_jsonl(path: str | Path) -> list[dict]:
-    """The objects of a .jsonl or .jsonl.gz file; blank lines are skipped. Raises UserError with file and line."""
-    path, rows = Path(path), []
-    if not path.is_file():
-        raise UserError(f"{path}: {'is not a file' if path.exists() else 'no such file'}; name a .jsonl or .jsonl.gz file")
-    try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if "\\u" in line:
-                        json.dumps(row, ensure_ascii=False).encode()
-                    if not isinstance(row, dict):
-                        raise UserError(f"{path}, line {number}: not a JSON object; write one {{...}} per line")
-                    rows.append(row | {"_line": number})
-    except json.JSONDecodeError as e:
-        raise UserError(f"{path}, line {number}: broken JSON ({e.msg}, column {e.colno}); mend or delete it") from None
-    except UnicodeEncodeError:
-        raise UserError(f"{path}, line {number}: holds half a character (a lone surrogate); mend it") from None
-    except (UnicodeDecodeError, OSError, EOFError, zlib.error) as e:
-        raise UserError(f"{path}: cannot be read ({e}); fetch or make it again") from None
-    except (ValueError, RecursionError) as e:  # an integer of thousands of digits, a nest of thousands of brackets
-        raise UserError(f"{path}, line {number}: broken JSON ({e}); mend or delete it") from None
-    if not rows:
-        raise UserError(f"{path}: the file is empty; it needs at least one line")
-    return rows
-
-
-def text_field(row: dict, key: str, path) -> str:
-    """row[key], which must be a string with something in it. Raises UserError with file and line."""
-    value = row.get(key)
+def text_field(row, key):
+    """row[key], a string that is not blank. Raises KeyError or ValueError."""
+    value = row[key]
     if not isinstance(value, str) or not value.strip():
-        state = "missing" if key not in row else "empty" if isinstance(value, str) else "not a string"
-        raise UserError(f"{path}, line {row['_line']}: the field \"{key}\" is {state}; every line needs it as text")
+        state = "empty" if isinstance(value, str) else "not a string"
+        raise ValueError(f'the field "{key}" is {state}')
     return value
 
 
-def written_chain(row: dict, path) -> str:
-    """A row's chain, without the think tags around it. Raises UserError with file and line."""
-    cot = text_field(row, "cot", path)
-    cot = cot.lstrip().removeprefix(THINK) if cot.lstrip().startswith(THINK) else cot
-    return cot.rstrip().removesuffix(END_THINK) if cot.rstrip().endswith(END_THINK) else cot
+def written_chain(row):
+    """The chain of a line, without the think tags around it."""
+    chain = text_field(row, "cot").strip().removeprefix(THINK).removesuffix(END_THINK)
+    if END_THINK in chain:
+        raise ValueError(f'the field "cot" has {END_THINK} in its middle')
+    return chain
 
 
-def training_fields(row: dict, path, chain: bool = True) -> tuple[str, str, str]:
-    """Problem, written chain (empty without `chain`) and answer of a line to train on. Raises UserError with file and line."""
-    problem, answer = text_field(row, "problem", path), text_field(row, "cot_answer", path)
-    cot = written_chain(row, path) if chain else ""
-    if chain and (not cot.strip() or END_THINK in cot):
-        what = f"{END_THINK} in the midst of its chain" if cot.strip() else "no chain between its think tags"
-        raise UserError(f"{path}, line {row['_line']}: the field \"cot\" holds {what}")
-    return problem, cot, answer
+def load_examples(path, tokenizer, say=print, chain=True):
+    """Training examples from {"problem", "cot", "cot_answer"} lines; none if `path` is "".
 
-
-def load_examples(path: str | Path, tokenizer: Tokenizer, chain: bool = True, skip: bool = False) -> list[Example]:
-    """Training examples from {"problem", "cot", "cot_answer"} lines.
-
-    Without `chain` the chains are left empty. `skip`: leaves out lines whose chain is empty, which benchmarks have and which are an
-    error otherwise.
+    Examples whose chain holds no token of the vocabulary are skipped and counted. `chain` False:
+    all chains are left empty.
     """
-    examples = []
-    for row in read_jsonl(path):
-        if skip and chain and row.get("cot") == "":
-            continue
-        problem, cot, answer = training_fields(row, path, chain)
-        examples.append(Example(tokenizer.prompt(problem), tokenizer.encode(cot), tokenizer.end_think,
-                                tokenizer.encode(answer) + [tokenizer.end_of_turn]))
-    if not examples:
+    examples, rows = [], read_jsonl(path) if path else []
+    for row in rows:
+        with reading(path, row["_line"]):
+            has_chain = chain and row["cot"] != ""
+            tokens = tokenizer.encode(written_chain(row)) if has_chain else []
+            answer = tokenizer.encode(text_field(row, "cot_answer")) + [tokenizer.end_of_turn]
+            prompt = tokenizer.prompt(text_field(row, "problem"))
+        if tokens or not chain:
+            examples.append(Example(prompt, tokens, tokenizer.end_think, answer))
+    if skipped := len(rows) - len(examples):
+        say(f"{path}: skipped {skipped} examples without a chain")
+    if rows and not examples:
         raise UserError(f"{path}: no line has a chain; name another file")
     return examples
 
 
-def num_latents(example: Example, r: int) -> int:
-    """N = ceil(n / r)."""
-    return -(-len(example.chain) // r)
+def segments(chain, r):
+    """S_1 ... S_N: the chain in pieces of r tokens, the last may be shorter."""
+    return [chain[i : i + r] for i in range(0, len(chain), r)]
 
 
-def segments(chain: list[int], r: int) -> list[list[int]]:
-    """S_1 ... S_N."""
-    return [chain[i:i + r] for i in range(0, len(chain), r)]
+def num_latents(e, r):
+    return -(-len(e.chain) // r)
 
 
-def layout(name: str, example: Example, r: int = 1, ends: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-    """ids, kind, segment and position of every token of `example`, each int [T]; latents have id 0.
+def layout(name, e, parts):
+    """ids, kind, segment, position of every token of `e`, each int [T]. A latent has id 0.
 
-    `name` is "cot", "encoder", "decoder" or "latent", the rows of the table in docs/METHOD.md. `ends`: where S_1 ... S_N end in the chain,
-    int [N], if not after every r tokens; for the encoder.
+    `name` is "cot", "encoder", "decoder" or "latent". `parts` are the segments S_1 ... S_N.
     """
-    chain, n = np.array(example.chain, int), len(example.chain)
-    ends = np.minimum(r * np.arange(1, num_latents(example, r) + 1), n) if ends is None else ends
-    if name == "encoder":
-        before = ends  # L_i stands behind S_i
-    elif name == "decoder":
-        chain, before = chain[r:], ends - min(r, n)  # no S_1; Z_i stands before S_{i+1}, the last one at the end
-    elif name == "latent":
-        chain, before = chain[:0], 0 * ends
-    else:
-        before = ends[:0]
-    body = np.insert(chain, before, 0)
-    is_latent = np.insert(np.zeros(len(chain), bool), before, True)
-    segment = np.cumsum(is_latent)  # a latent's number, and that of the text behind it
-    ends_and_answer = example.end_think + example.answer if name != "encoder" else example.end_think
-    head, tail = len(example.prompt), len(ends_and_answer)
-    ids = np.concatenate([example.prompt, body, ends_and_answer]).astype(np.int64)
-    kind = np.concatenate([np.full(head, PROMPT), np.where(is_latent, LATENT, TEXT), np.full(tail, ANSWER)])
-    segment = np.concatenate([np.zeros(head, int), segment, np.zeros(tail, int)])
+    ids, kind, segment = [], [], []
+
+    def add(tokens, kind_of_all, i=0):
+        ids.extend(tokens)
+        kind.extend([kind_of_all] * len(tokens))
+        segment.extend([i] * len(tokens))
+
+    add(e.prompt, PROMPT)
+    for i, part in enumerate(parts, 1):
+        if name == "cot":
+            add(part, TEXT)
+        if name == "encoder":
+            add(part, TEXT, i)
+        if name == "decoder" and i > 1:
+            add(part, TEXT, i - 1)  # S_i continues Z_{i-1}
+        if name != "cot":
+            add([0], LATENT, i)
+    add(e.end_think, ANSWER)
+    if name != "encoder":
+        add(e.answer, ANSWER)
+    ids, kind, segment = (np.array(x, dtype=np.int64) for x in (ids, kind, segment))
     positions = dual_track_positions(kind) if name == "decoder" else np.arange(len(ids))
     return ids, kind, segment, positions
 
 
-def num_tokens(name: str, example: Example, r: int = 1) -> int:
-    """Length of a layout, without building it."""
-    n, fixed = len(example.chain), len(example.prompt) + len(example.end_think)
-    latents = 0 if name == "cot" else num_latents(example, r)
+def num_tokens(name, e, r=1):
+    """The length of a layout."""
+    n = len(e.chain)
     text = {"cot": n, "encoder": n, "decoder": max(n - r, 0), "latent": 0}[name]
-    return fixed + latents + text + (len(example.answer) if name != "encoder" else 0)
+    latents = num_latents(e, r) * (name != "cot")
+    answer = len(e.answer) * (name != "encoder")
+    return len(e.prompt) + text + latents + len(e.end_think) + answer
 
 
-def num_targets(name: str, example: Example, r: int = 1) -> int:
-    """How many tokens of a layout are labels: its chain tokens, </think> and the answer."""
-    return num_tokens(name, example, r) - len(example.prompt) - (0 if name == "cot" else num_latents(example, r))
+def num_targets(name, e, r=1):
+    """How many tokens of a layout are targets: its chain tokens, </think> and the answer."""
+    return num_tokens(name, e, r) - len(e.prompt) - num_latents(e, r) * (name != "cot")
 
 
 @dataclass
-class Row:
-    """Examples packed into one row of T tokens.
+class PackedBatch:
+    """Examples behind each other in one row of T tokens.
 
-    ids, position_ids: int [T]. labels: masks.Labels. latent_index: int [n], where the latents stand.
-    target_index, targets: int [M], positions whose next token is a label, and that label; in the encoder layout the latent of each chain
-    token, and that token.
+    ids, position_ids: int [T]. latent_index: int [n], where the latents are.
+    target_index, targets: int [m], positions and the token that each must predict. In the encoder
+    layout targets are the chain tokens, and target_index says which latent is theirs (0, 1, ...).
     """
+
     ids: torch.Tensor
     position_ids: torch.Tensor
     labels: Labels
@@ -165,79 +133,100 @@ class Row:
     targets: torch.Tensor
 
 
-def pack_row(name: str, examples: list[Example], r: int = 1, ends: list[np.ndarray] | None = None) -> Row:
-    """One packed row of `examples` in the layout `name`; `ends`: of each, see `layout`."""
-    parts = [layout(name, e, r, ends and ends[i]) for i, e in enumerate(examples)]
-    ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*parts))
-    lengths = [len(p[0]) for p in parts]
-    document = torch.arange(len(parts)).repeat_interleave(torch.tensor(lengths))
-    labels = Labels(document.int(), kind.int(), segment.int(), len(parts), max(lengths))
-    is_target = kind == TEXT if name == "encoder" else (kind == TEXT) | (kind == ANSWER)
-    labeled, latent_index = is_target.nonzero().squeeze(1), (kind == LATENT).nonzero().squeeze(1)
-    target_index = latent_index[torch.searchsorted(latent_index, labeled)] if name == "encoder" else labeled - 1  # the one right before
-    return Row(ids, positions, labels, latent_index, target_index, ids[labeled])
+def pack(name, layouts):
+    """One packed row from what `layout` made of each example."""
+    ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*layouts))
+    lengths = torch.tensor([len(x[0]) for x in layouts])
+    document = torch.arange(len(layouts), dtype=torch.int32).repeat_interleave(lengths)
+    starts = F.pad(lengths.cumsum(0), (1, 0)).int()
+    labels = Labels(document, kind.int(), segment.int(), starts, int(lengths.max()))
+    latent_index = (kind == LATENT).nonzero().squeeze(1)
+    target = kind == TEXT if name == "encoder" else (kind == TEXT) | (kind == ANSWER)
+    target_index = target.nonzero().squeeze(1)
+    targets, before = ids[target_index], target_index - 1  # the position before predicts a token
+    if name == "encoder":
+        before = torch.searchsorted(latent_index, target_index)
+    return PackedBatch(ids, positions, labels, latent_index, before, targets)
+
+
+def pack_examples(name, examples, r=1):
+    return pack(name, [layout(name, e, segments(e.chain, r)) for e in examples])
 
 
 @dataclass(frozen=True)
 class RowShape:
-    """What all rows of a training run on a GPU have in common: their tokens, and bounds on examples, on documents (these and filler) and
-    on the longest one. Tight ones, since flash attention starts work for every document and length that there might be."""
+    """What all rows of a run have in common: at most so many tokens and examples.
+
+    On a GPU rows are padded to `tokens` with filler. The bounds on documents (examples and filler)
+    and the longest one are tight: flash attention starts work for all that there might be.
+    """
+
     tokens: int
     examples: int
-    documents: int
-    longest: int
+    documents: int = 0
+    longest: int = 0
 
 
-def row_shape(lengths: list[int], batch_size: float, row_tokens: int) -> RowShape:
-    """Rows that a step of `batch_size` examples of such lengths fills well: no more rows than `row_tokens` asks for, and those
-    no longer than an unusually long batch (by two standard deviations) needs."""
-    lengths = np.array(lengths)
-    expected = batch_size * lengths.mean() + 2 * batch_size**0.5 * lengths.std()
-    tokens = max(expected / np.ceil(expected / row_tokens), lengths.max())
-    tokens, longest = int(np.ceil(tokens / BLOCK)) * BLOCK, int(lengths.max())
-    examples = int(1.25 * tokens / lengths.mean()) + 2
-    return RowShape(tokens, examples, examples + tokens // longest + 2, longest)  # a layout shorter than `lengths` leaves more to fill
+def row_shape(lengths, batch_size, row_tokens, device):
+    """Rows that a step of `batch_size` examples of such lengths fills well.
+
+    On a GPU there are no more rows than `row_tokens` asks for. They are only as long as an
+    unusually long batch needs (mean + two standard deviations).
+    """
+    mean, longest = np.mean(lengths), max(lengths)
+    if device.type != "cuda":
+        return RowShape(max(row_tokens, longest), len(lengths))
+    expected = batch_size * mean + 2 * batch_size**0.5 * np.std(lengths)
+    tokens = max(expected / np.ceil(expected / row_tokens), longest)
+    tokens = int(np.ceil(tokens / BLOCK)) * BLOCK
+    examples = int(1.25 * tokens / mean) + 2
+    return RowShape(tokens, examples, examples + tokens // longest + 2, longest)
 
 
-def padded(row: Row, shape: RowShape | None = None) -> Row:
-    """`row` with documents of filler, which no loss looks at, up to `shape`, or else to a multiple of BLOCK tokens."""
+def pad(row, shape):
+    """`row` with documents of filler that no loss sees, up to `shape`."""
     old, T = row.labels, len(row.ids)
-    shape = shape or RowShape(-(-T // BLOCK) * BLOCK, old.documents, old.documents + 1, max(old.longest, BLOCK))
-    n = shape.tokens - T
-    ids, position_ids, kind, segment = (F.pad(x, (0, n)) for x in (row.ids, row.position_ids, old.kind, old.segment))
-    document = torch.cat([old.document, old.documents + torch.arange(n, dtype=torch.int32) // shape.longest])
-    labels = Labels(document, kind, segment, shape.documents, shape.longest)
+    n, count = shape.tokens - T, len(old.starts) - 1
+    ids, position_ids, kind, segment = (
+        F.pad(x, (0, n)) for x in (row.ids, row.position_ids, old.kind, old.segment)
+    )
+    document = count + torch.arange(n, dtype=torch.int32) // shape.longest
+    filler = torch.arange(T, shape.tokens, shape.longest, dtype=torch.int32)  # its starts
+    starts = torch.cat([old.starts[:-1], filler])
+    starts = F.pad(starts, (0, shape.documents + 1 - len(starts)), value=shape.tokens)
+    labels = Labels(torch.cat([old.document, document]), kind, segment, starts, shape.longest)
     return replace(row, ids=ids, position_ids=position_ids, labels=labels)
 
 
-def to_device(x, device: torch.device, shape: RowShape | None = None):
-    """`x`, a tensor or a dataclass of such things, on `device`; nobody waits for the copies. Rows are padded for a GPU."""
+def to_device(x, device, shape=None):
+    """A tensor, or a dataclass of such things, on `device`. Rows are padded to a GPU's `shape`."""
     if isinstance(x, torch.Tensor):
-        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
-    if isinstance(x, Row) and device.type == "cuda":
-        x = padded(x, shape)
+        return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+    if isinstance(x, PackedBatch) and shape and shape.documents:
+        x = pad(x, shape)
     if is_dataclass(x):
-        return replace(x, **{f.name: to_device(getattr(x, f.name), device, shape) for f in fields(x)})
+        return type(x)(**{name: to_device(y, device, shape) for name, y in vars(x).items()})
     return x
 
 
-def pack(lengths: list[int], budget: int, parts: int = 1, most: int | None = None) -> list[list[int]]:
-    """Deals items out to rows of at most `budget` tokens and `most` items, evenly loaded, none of them empty; returns lists of indices.
+def distribute(lengths, ranks, budget, most):
+    """Lists of indices: items into evenly loaded rows of at most `budget` tokens and `most` items.
 
-    Longest first, each to the row with the least in it. The number of rows is a multiple of `parts`, unless that takes more
-    rows than items. Needs at least `parts` items and none over the budget.
+    Longest first, each to the row with the least in it. No row is empty. The number of rows is a
+    multiple of `ranks`, unless that takes more rows than items. No item may be over the budget.
     """
-    order, most = sorted(range(len(lengths)), key=lambda i: -lengths[i]), most or len(lengths)
-    needed = max(-(-sum(lengths) // budget), -(-len(lengths) // most))
-    count = min(-(-needed // parts) * parts, len(lengths))
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    count = max(-(-sum(lengths) // budget), -(-len(lengths) // most))
     while True:
-        rows, loads, heaviest = [[] for _ in range(count)], [(0, row) for row in range(count)], 0
+        count = min(-(-count // ranks) * ranks, len(lengths))
+        rows, open_rows = [[] for _ in range(count)], [(0, row) for row in range(count)]
         for i in order:
-            load, row = heapq.heappop(loads)
+            load, row = heapq.heappop(open_rows) if open_rows else (budget, 0)
+            if load + lengths[i] > budget and count < len(lengths):
+                break  # it fits nowhere
             rows[row].append(i)
-            heaviest = max(heaviest, load + lengths[i])
             if len(rows[row]) < most:
-                heapq.heappush(loads, (load + lengths[i], row))
-        if heaviest <= budget or count == len(lengths):
+                heapq.heappush(open_rows, (load + lengths[i], row))
+        else:
             return rows
-        count = min(count + max(1, count // 10 // parts) * parts, len(lengths))
+        count += max(1, count // 10)

@@ -1,8 +1,7 @@
-"""Who may look at whom, and at which position: the two masks and the dual-track positions, each rule written once.
+"""Who sees whom, and at which position. Each rule of the method is written once, here.
 
-A mask is a rule over per-token labels, not a matrix. `rule(labels, q, k)` takes integer tensors of token indices into one
-packed row, broadcast against each other, and says for each pair whether query q may look at key k; whoever needs a
-matrix evaluates the rule on a grid. See docs/METHOD.md.
+A mask is a rule, not a matrix: `rule(labels, q, k)` takes two integer tensors of token indices that
+broadcast. It returns a bool tensor: may token q look at token k?
 """
 
 from dataclasses import dataclass
@@ -10,52 +9,65 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-PROMPT, TEXT, LATENT, ANSWER = 0, 1, 2, 3  # kinds: Q <think> | a chain token | L or Z | </think> A
+PROMPT, TEXT, LATENT, ANSWER = 0, 1, 2, 3  # Q <think> | a chain token | L or Z | </think> A
 
 
 @dataclass
 class Labels:
-    """What the rules know of each token of a packed row; int32 tensors of shape [T].
+    """What the rules know about each of the T tokens of a packed row. Int32 tensors.
 
-    document: which example. kind: PROMPT, TEXT, LATENT or ANSWER. segment: i for L_i and Z_i and for the chain tokens that
-    may see Z_i in the decoder layout (S_{i+1}), so a token and the latent it continues share a number; 0 elsewhere.
-    Tokens of a document stand together, in order. `documents` and `longest` are how many there are and the tokens of the
-    longest, or more: kernels are launched for as many.
+    document: [T], which example, ascending.
+    kind: [T], PROMPT, TEXT, LATENT or ANSWER.
+    segment: [T], i for L_i, for Z_i, and for the chain tokens that may see Z_i (S_{i+1} in the
+        decoder layout). Else 0.
+    starts: [documents + 1], where each document begins, and T. Unused documents have length 0.
+    longest: an int, at least the length of the longest document.
     """
+
     document: torch.Tensor
     kind: torch.Tensor
     segment: torch.Tensor
-    documents: int
+    starts: torch.Tensor
     longest: int
 
 
-def causal(labels: Labels, q, k):
-    """Every token sees itself and what stands before it in its own document (cot and latent layouts)."""
-    return (labels.document[q] == labels.document[k]) & (k <= q)
+def earlier(q, k):
+    """Within one document: a token sees itself and what comes before it. The KV cache's rule."""
+    return k <= q
 
 
-def induction(labels: Labels, q, k):
-    """Encoder: causal, and nobody attends to a latent query except that query itself."""
+def causal(labels, q, k):
+    """A token sees itself and the earlier tokens of its own document."""
+    return (labels.document[q] == labels.document[k]) & earlier(q, k)
+
+
+def induction(labels, q, k):
+    """Encoder: causal, and nobody attends to a latent query L except that L itself."""
     return causal(labels, q, k) & ((labels.kind[k] != LATENT) | (q == k))
 
 
-def supervision(labels: Labels, q, k):
-    """Decoder: a chain token sees its latent and its own segment; all others see everything but chain tokens."""
-    own_segment = labels.segment[q] == labels.segment[k]  # prompt and answer have 0, which no chain token has
-    return causal(labels, q, k) & torch.where(labels.kind[q] == TEXT, own_segment, labels.kind[k] != TEXT)
+def supervision(labels, q, k):
+    """Decoder: causal. A chain token sees its Z and its own segment. Others see no chain token."""
+    own_segment = labels.segment[q] == labels.segment[k]  # 0 for prompt and answer
+    seen_by_others = labels.kind[k] != TEXT
+    is_text = labels.kind[q] == TEXT
+    return causal(labels, q, k) & torch.where(is_text, own_segment, seen_by_others)
 
 
-def dense(rule, labels: Labels) -> torch.Tensor:
-    """The rule as a bool matrix [T, T], rows are queries; for tests and pictures."""
+RULES = {"cot": causal, "encoder": induction, "decoder": supervision, "latent": causal}  # by layout
+
+
+def dense(rule, labels):
+    """The rule as a bool matrix [T, T], rows are queries. For tests and pictures."""
     index = torch.arange(len(labels.kind), device=labels.kind.device)
     return rule(labels, index[:, None], index[None, :])
 
 
-def dual_track_positions(kind: np.ndarray) -> np.ndarray:
+def dual_track_positions(kind):
     """Position ids [T] of one example in the decoder layout, from the kinds [T] of its tokens.
 
-    Prompt, latents and answer count as if no chain token stood between them, so phase 1 sees the positions of
-    inference; a chain token's position is its latent's plus its distance from it.
+    Prompt, latents and answer are numbered as if no chain token stood between them: phase 1 sees
+    the positions of inference. A chain token's position is its latent's plus its distance to it.
     """
     index = np.arange(len(kind))
     on_track = kind != TEXT

@@ -1,177 +1,167 @@
-"""Phase 2: the decoder of phase 1, merged, learns to produce the cached latents by itself.
+"""Phase 2: the student, phase 1's decoder, learns to make the cached latents by itself.
 
-    python train_phase2.py --phase1 runs/joint --cache runs/cache --data train.jsonl --out runs/latent
+    python train_phase2.py --phase1 runs/phase1 --cache runs/cache --data train.jsonl --out latent
 
-Loss = w_ce * CE(</think> A) + w_kl * KL(alpha || q), q the softmax of the LM head at the position before each latent; KL is
-averaged over the latents of an example, then over examples. With --own-share, part of the examples read, in the place of the
-cached latents, what the model itself makes of the positions before them; with --init another student goes on. Where latents are
-hidden states, their squared error is added. See docs/METHOD.md.
+Loss = w_ce * CE(</think> A) + w_kl * KL(alpha || q), q the softmax of the LM head at the position
+before each latent. KL is averaged over the latents of an example, then over examples.
 """
 
+import lib.errors  # noqa: F401  from here on an error is one line
+
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
+from attention import Runner
 from cache_latents import encode, identity, read_cache
-from data import Example, Row, load_examples, num_targets, num_tokens, pack_row
-from graphs import run_row
-import latents
+from data import Example, PackedBatch, load_examples, num_targets, pack_examples
+from latents import add_noise, concatenate, cross_entropy, gumbel_like, induce, kl_divergence
+from latents import superpose
+from lib.cli import parse
+from lib.run import join
 from load_hf_weights import base_dtype, load_model, resolve, save_checkpoint
 import lora
-from masks import causal
-from model import Model
-from runs import UserError, at_least, finished_run, parser, run_main, start
-from train_phase1 import finished_encoder
-from trainer import Task, add_training_arguments, train
+from masks import RULES
+from train_phase1 import finished_phase1, load_encoder
+from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
-READ = 10  # tokens that a hidden state is read as, where latents are hidden states
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TrainingSettings):
+    phase1: str  # the phase 1 run that made the latents; the student starts from its decoder
+    cache: str  # the latents that its encoder made of --data (cache_latents.py)
+    lr: float = 3e-4  # peak learning rate
+    epochs: float = 50.0  # passes over the data
+    w_ce: float = 1.0  # weight of the cross-entropy of </think> and answer
+    w_kl: float = 1.0  # weight of the latents' KL
+    noise: float = 0.0  # scale of the Gumbel noise on the latents, input and target
+    noise_temperature: float = 1.0  # temperature of the noisy softmax
+    scheduled_sampling: float = 0.0  # addition: share of examples with own latents
+    all_weights: bool = False  # all weights learn, not an adapter
+    lora_rank: int = 64  # of the adapter; its alpha is twice that
+    lora_dropout: float = 0.1  # before the adapter
+    shard: bool = False  # less memory: every rank keeps a share of the frozen layers only
 
 
 @dataclass
 class LatentExample(Example):
-    """An example with its cached alpha: probs float16 [N, k] and ids int32 [N, k], or None for the full vocabulary."""
+    """An example with its cached alpha: probs float16 [N, k], ids int32 [N, k] or None."""
+
     probs: torch.Tensor
     ids: torch.Tensor | None
 
 
-def with_latents(examples: list[Example], cached: list[tuple]) -> list[LatentExample]:
-    return [LatentExample(**vars(e), probs=probs, ids=ids) for e, (probs, ids) in zip(examples, cached)]
-
-
 @dataclass
 class LatentRow:
-    """A row in latent layout, alpha of its latents, and the weight [n] of each latent in the mean over its example."""
-    row: Row
+    """A row in latent layout, its alpha, and the weight [n] of each latent in the mean of KL."""
+
+    row: PackedBatch
     probs: torch.Tensor
     ids: torch.Tensor | None
     weights: torch.Tensor
 
 
 class Phase2(Task):
-    """Trains the adapter "student" of `model`; all its weights instead where it has none, then `source` is its checkpoint directory.
+    """The adapter "student" learns. With `source`, the model's checkpoint, all weights do.
 
-    `noise` and `temperature` are those of latents.gumbel_noise, `end_think` the token that noise must not put on top. `own_share`, which
-    the paper does not have: the share of examples that read the model's own latents in training.
+    end_think: the token that noise must not put on top.
     """
 
-    def __init__(self, model: Model, r: int, k: int = 10, w_ce=1.0, w_kl=1.0, noise=0.0, temperature=1.0, end_think: int = 0,
-                 source: Path | None = None, own_share=0.0):
-        super().__init__()
-        self.model, self.r, self.k, self.source = model.requires_grad_(True) if source else model, r, k, source
-        self.noise, self.temperature, self.end_think, self.own_share = noise, temperature, end_think, own_share
-        self.weights = {"ce": w_ce, "kl": w_kl} | ({"error": w_kl} if k == latents.HIDDEN else {})
+    layouts = ("latent",)
 
-    def length(self, example):
-        return num_tokens("latent", example, self.r)
+    def __init__(self, run, s, reasoning, end_think, source=None):
+        super().__init__()
+        self.run, self.model, self.s, self.source = run, run.model, s, source
+        self.reasoning, self.r, self.end_think = reasoning, reasoning.compression, end_think
+        self.weights = {"ce": s.w_ce, "kl": s.w_kl}
+        self.adapter = None if source else "student"
+        if source:
+            self.model.requires_grad_(True)
 
     def counts(self, examples):
-        return {"ce": sum(num_targets("latent", e, self.r) for e in examples), "kl": len(examples), "error": len(examples)}
+        targets = sum(num_targets("latent", e, self.r) for e in examples)
+        return {"ce": targets, "kl": len(examples)}
 
-    def row(self, examples):
-        weights = [torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples]
-        probs = torch.cat([e.probs for e in examples]).float()
-        ids = None if examples[0].ids is None else torch.cat([e.ids for e in examples]).long()
-        return LatentRow(pack_row("latent", examples, self.r), probs, ids, torch.cat(weights))
+    def pack(self, examples):
+        weights = torch.cat([torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples])
+        probs, ids = concatenate([(e.probs, e.ids) for e in examples])
+        row = pack_examples("latent", examples, self.r)
+        return LatentRow(row, probs.float(), None if ids is None else ids.long(), weights)
 
     def forward(self, batch):
-        row, probs, ids, E = batch.row, batch.probs, batch.ids, self.model.embed_tokens.weight
-        if self.noise and self.training:
-            probs = latents.gumbel_noise(probs, ids, self.end_think, self.noise, self.temperature)
+        row, probs, ids, s = batch.row, batch.probs, batch.ids, self.s
+        E, head = self.model.embed_tokens.weight.detach(), self.model.head
+        if s.noise and self.training:
+            g = gumbel_like(probs)
+            probs = add_noise(probs, ids, g, self.end_think, s.noise, s.noise_temperature)
         x = self.model.embed_tokens(row.ids)
         x = x.to(base_dtype(x.device)) if self.source else x  # weights that learn are float32
-        x = x.index_copy(0, row.latent_index, latents.embed(probs, ids, E.detach(), self.k).to(x.dtype))
-        if self.own_share and self.training:
-            chosen = torch.rand(row.labels.documents, device=x.device)[row.labels.document[row.latent_index]] < self.own_share
-            x = x.index_copy(0, row.latent_index, torch.where(chosen[:, None], self._own_latents(x, row), x[row.latent_index]))
-        h = self._run(x, row)
-        before, parts = h[row.latent_index - 1], {}
-        if self.k == latents.HIDDEN:  # besides being made, they are to be read as the words they stand for, never as </think>
-            parts["error"] = latents.squared_error(before, probs, batch.weights)
-            probs, ids = latents.induce(probs.to(E.dtype), E.detach(), READ)
-        return parts | {"ce": latents.cross_entropy(h[row.target_index], self.model.head, row.targets),
-                        "kl": latents.kl_divergence(before, self.model.head, probs, ids, batch.weights)}
+        x = x.index_copy(0, row.latent_index, superpose(probs, ids, E).to(x.dtype))
+        if s.scheduled_sampling and self.training:
+            x = self.with_own_latents(x, row, E)
+        h = self.run(x, row, RULES["latent"], self.adapter)
+        before = h[row.latent_index - 1]  # the position before Z_i predicts Z_i
+        kl = kl_divergence(before, head, probs, ids, batch.weights)
+        return {"ce": cross_entropy(h[row.target_index], head, row.targets), "kl": kl}
 
-    def _run(self, x, row):
-        return run_row(self.model, x, row, causal, None if self.source else "student")
+    def with_own_latents(self, x, row, E):
+        """x with the model's own latents in a random share of the examples. Targets stay.
 
-    @torch.no_grad()
-    def _own_latents(self, x, row):
-        """What inference would feed for each latent, were all before it the cached ones of x: where the model is in doubt a mixture, which no
-        cached latent is, and which it has to learn to go on from."""
-        self.model.eval()  # as inference, without dropout
-        before = self._run(x, row)[row.latent_index - 1]
-        self.model.train()
-        own = latents.embed(*latents.induce(before, self.model.head.to(x.dtype), self.k), self.model.embed_tokens.weight, self.k)
-        return own.to(x.dtype)
+        They are what inference would feed for each latent if all before it were those of x. Where
+        the model is in doubt they are mixtures, which no cached latent is.
+        """
+        labels, index = row.labels, row.latent_index
+        with torch.no_grad():
+            self.eval()  # as inference, without dropout
+            before = self.run(x, row, RULES["latent"], self.adapter)[index - 1]
+            self.train()
+            own = induce(before, self.model.head.to(x.dtype), self.reasoning.top_k)
+        chance = torch.rand(len(labels.starts) - 1, device=x.device)
+        chosen = chance[labels.document[index]] < self.s.scheduled_sampling
+        z = torch.where(chosen[:, None], superpose(*own, E).to(x.dtype), x[index])
+        return x.index_copy(0, index, z)
 
-    def save(self, out: Path):
+    def save(self, out):
         if self.source:
-            save_checkpoint(self.model, self.source, out / "model", {"thinking": "latent", "top_k": self.k, "compression": self.r})
+            save_checkpoint(self.model, self.source, out / "model", self.reasoning)
         else:
             lora.save_adapter(out / "student.safetensors", self.model, "student")
 
 
-def main():
-    p = parser(__doc__)
-    p.add_argument("--phase1", required=True, help="the phase 1 run that made the latents; the student starts from its decoder")
-    p.add_argument("--cache", required=True, help="the latents that its encoder made of --data (cache_latents.py)")
-    p.add_argument("--init", help="a phase 2 run of all weights to start from instead of the decoder of --phase1; its r may be another")
-    p.add_argument("--compression", type=at_least(1), help="chain tokens per latent, r; default: that of --phase1")
-    p.add_argument("--top-k", type=at_least(latents.HIDDEN), help="tokens in a superposition; default: that of --phase1")
-    p.add_argument("--all-weights", action="store_true", help="all weights learn instead of an adapter")
-    p.add_argument("--w-ce", type=at_least(0, float), default=1.0, help="weight of the answer's cross-entropy")
-    p.add_argument("--w-kl", type=at_least(0, float), default=1.0, help="weight of the latents' KL")
-    p.add_argument("--noise", type=at_least(0, float), default=0.0, help="scale of Gumbel noise on the latents; 0: none")
-    p.add_argument("--noise-temperature", type=at_least(0.01, float), default=1.0, help="temperature of the noisy softmax")
-    p.add_argument("--own-share", type=at_least(0, float, most=1), default=0.0, help="share of examples that read the model's own latents "
-                   "instead of the cached ones, which stay the targets; 0: none, as in the paper")
-    add_training_arguments(p, lr=3e-4, epochs=50)
-    args = p.parse_args()
-    args.command = "train_phase2"
-    before = finished_run(args.phase1, "train_phase1")
-    for key in ("compression", "top_k"):
-        if getattr(args, key) not in (None, before[key]):
-            raise UserError(f"{args.phase1}: was trained with {key} {before[key]}, not {getattr(args, key)}; leave --{key.replace('_', '-')} out")
-        setattr(args, key, before[key])
-    args.phase1 = str(Path(args.phase1).resolve())
-    if args.all_weights and (args.lora_rank or args.lora_dropout is not None):
-        raise UserError("--all-weights: there is no adapter; leave --lora-rank and --lora-dropout out")
-    if not args.all_weights:
-        args.lora_rank = args.lora_rank or lora.RANK
-        args.lora_dropout = lora.DROPOUT if args.lora_dropout is None else args.lora_dropout
-    if args.init:
-        args.init, other = str(Path(args.init).resolve()), finished_run(args.init, "train_phase2")
-        if not (args.all_weights and other["all_weights"]):
-            raise UserError("--init: both trainings need --all-weights; an adapter learns on top of a decoder of phase 1")
-        if other["top_k"] != args.top_k:
-            raise UserError(f"--init {args.init}: was trained with top_k {other['top_k']}, and --phase1 with {args.top_k}; name runs of one")
-        if resolve(other["phase1"])[0] != resolve(args.phase1)[0]:
-            raise UserError(f"--init {args.init}: began with another checkpoint than --phase1; name runs of one")
-    if args.all_weights and args.shard:
-        raise UserError("--all-weights: every rank needs all weights; leave --shard out")
-    if args.noise and args.top_k == latents.HIDDEN:
-        raise UserError("--noise: is for superpositions, and these latents are hidden states")
+def with_latents(examples, cached):
+    return [LatentExample(**vars(e), probs=p, ids=i) for e, (p, i) in zip(examples, cached)]
 
-    rank, world, device = start(args.device)
-    torch.manual_seed(args.seed)
-    dtype = torch.float32 if args.all_weights else base_dtype(device)
-    model, tokenizer, _ = load_model(args.init or args.phase1, "cpu" if args.shard else device, dtype)
-    if not args.all_weights:
-        lora.add_adapter(model, "student", args.lora_rank, 2 * args.lora_rank, args.lora_dropout)
-    plain = load_examples(args.data, tokenizer)
-    made_from = identity(args.phase1, args.data, len(plain), args.compression, args.top_k)
-    examples = with_latents(plain, read_cache(args.cache, made_from))
-    valid = None
-    if args.valid:  # a few latents: made now, by the encoder on its own base, a second whole copy for as long as that takes
-        plain = load_examples(args.valid, tokenizer, skip=True)
-        encoder = finished_encoder(args.phase1, device)
-        valid = with_latents(plain, encode(encoder, plain, args.compression, args.top_k, args.row_tokens, device))
-        del encoder
-    task = Phase2(model, args.compression, args.top_k, args.w_ce, args.w_kl, args.noise, args.noise_temperature,
-                  tokenizer.end_think[0], resolve(args.phase1)[0] if args.all_weights else None, args.own_share)
-    train(task, examples, valid, args, rank, world, device)
+
+def validation_examples(s, tokenizer, process):
+    """Those of --valid, with latents that phase 1's encoder makes now, on a base of its own."""
+    examples, device = load_examples(s.valid, tokenizer, process.say), process.device
+    if not examples:
+        return []
+    base, _, _ = load_model(finished_phase1(s.phase1)["start"], device, base_dtype(device))
+    encoder = load_encoder(s.phase1, Runner(base))
+    return with_latents(examples, encode(encoder, examples, s.row_tokens, device))
+
+
+def main():
+    s = parse(Settings, __doc__)
+    process = join(s.device)
+    torch.manual_seed(s.seed)
+    finished_phase1(s.phase1)
+    device = torch.device("cpu") if s.shard else process.device  # the layers are spread later
+    dtype = torch.float32 if s.all_weights else base_dtype(process.device)
+    model, tokenizer, reasoning = load_model(s.phase1, device, dtype)
+    plain = load_examples(s.data, tokenizer, process.say)
+    examples = with_latents(plain, read_cache(s.cache, identity(s.phase1, s.data, len(plain))))
+    valid = validation_examples(s, tokenizer, process)
+    source, facts = resolve(s.phase1)[0], {}
+    if not s.all_weights:
+        source, facts = None, {"adapter": "student.safetensors"}
+        lora.add_adapter(model, "student", s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
+    run = make_runner(model, s, process, s.shard)
+    task = Phase2(run, s, reasoning, tokenizer.end_think[0], source)
+    with run_directory(s, "train_phase2", s.phase1, reasoning, **facts) as out:
+        train(task, examples, valid, s, process, out, s.lr, s.epochs, s.max_steps)
 
 
 if __name__ == "__main__":
-    run_main(main)
+    main()

@@ -1,15 +1,17 @@
-"""The training loop that CoT-SFT and both phases share, and what a thing to train must offer.
+"""The training loop of CoT-SFT and of both phases, and what a thing to train must offer.
 
-The loss of a step is a sum over the whole batch divided by a count over the whole batch, whatever ranks and micro-batches
-(packed rows) the batch is dealt to; so the gradient is the same however it is split.
+The loss of a step is a sum over the whole batch divided by a count over the whole batch. So it is
+the same for any split into ranks and packed rows (micro-batches).
 """
 
-import argparse
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from functools import lru_cache
+import gc
 import json
 import math
 from pathlib import Path
+import shutil
 import time
 
 import numpy as np
@@ -17,96 +19,95 @@ import torch
 from torch import nn
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import RowShape, pack, row_shape, to_device
-from lora import DROPOUT, RANK
-from runs import (Stopper, UserError, at_least, file_hash, from_rank0, hold, open_run, read_json, read_tensors,
-                  write_json, write_tensors, write_text)
+from attention import Runner
+from data import distribute, num_tokens, row_shape, to_device
+from lib.errors import UserError
+from lib.files import file_hash, read_tensors, write_json, write_tensors, write_text
+from lib.run import Stopper, barrier, output_directory
+
+ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.01)
+CLIP = 1.0  # the largest gradient norm
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    data: str  # training .jsonl or .jsonl.gz: problem, cot, cot_answer
+    out: str  # run directory; the same command goes on where it stopped
+    valid: str = ""  # like --data; its loss is measured ten times
+    lr: float = 1e-4  # peak learning rate
+    epochs: float = 3.0  # passes over the data
+    max_steps: int = 0  # optimizer steps; 0: as --epochs says
+    batch_size: int = 128  # examples per step, over all ranks
+    row_tokens: int = 8192  # tokens of a packed row (micro-batch)
+    warmup: float = 0.05  # share of the steps before the cosine to zero
+    save_every: int = 0  # steps between saved states; 0: 5% of the time goes into saving
+    keep: int = 0  # models to keep on the way, as OUT/step-N
+    checkpoint_activations: bool = False  # less memory: backward computes each layer again
+    seed: int = 1  # of every random choice
+    device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
 
 
 class Task(nn.Module):
-    """What `train` trains. Parameters with requires_grad learn; `weights` says how the loss parts add up, one of weight 0 is only told."""
-    weights: dict[str, float] = {"ce": 1.0}
+    """What `train` trains: a subclass has a model, and parameters that require gradients.
 
-    def length(self, example) -> int:
-        """Tokens that `example` takes of a row's budget: those of its longest layout."""
-        raise NotImplementedError
+    counts(examples): {part: what the sum of that loss part over `examples` is divided by}.
+    pack(examples): a packed row of them on the CPU, a dataclass of tensors.
+    forward(row): {part: float32 sum}, the loss parts of a row.
+    save(out): writes what was learned. load(out): reads it, if the process goes on with more.
+    Loss = sum over parts of weight * sum / count. A part with weight 0 is logged only.
+    """
 
-    def tokens(self, example) -> int:
-        """Tokens of `example` that go through the model."""
-        return self.length(example)
+    weights = {"ce": 1.0}
+    layouts = ("cot",)  # that an example takes in a row
+    r = 1
 
-    def counts(self, examples) -> dict[str, float]:
-        """The number by which the sum of each loss part over `examples` is divided."""
-        raise NotImplementedError
+    def length(self, example):
+        """Tokens that `example` takes in a row."""
+        return max(num_tokens(name, example, self.r) for name in self.layouts)
 
-    def row(self, examples):
-        """A packed row of `examples`, on the CPU: a dataclass of tensors."""
-        raise NotImplementedError
-
-    def forward(self, row) -> dict[str, torch.Tensor]:
-        """The loss parts of a row, each a float32 sum."""
-        raise NotImplementedError
-
-    def loss(self, parts: dict, counts: dict[str, float]) -> torch.Tensor:
-        """What a row's `parts` add to the loss of a batch that has these `counts`."""
-        return sum(self.weights[k] * part / counts[k] for k, part in parts.items())
-
-    def save(self, out: Path) -> None:
-        """Writes what was learned into the run directory."""
-        raise NotImplementedError
+    def load(self, out):
+        pass
 
 
-def add_training_arguments(p: argparse.ArgumentParser, lr: float, epochs: float, adapters: bool = True) -> None:
-    p.add_argument("--data", required=True, help="training .jsonl or .jsonl.gz: problem, cot, cot_answer")
-    p.add_argument("--valid", help="like --data; its loss is measured now and then")
-    p.add_argument("--out", required=True, help="run directory; the same command goes on where it stopped")
-    p.add_argument("--epochs", type=at_least(0.001, float), default=epochs, help="passes over the data")
-    p.add_argument("--max-steps", type=at_least(1), help="optimizer steps, instead of --epochs")
-    p.add_argument("--batch-size", type=at_least(1), default=128, help="examples per step, over all ranks")
-    p.add_argument("--row-tokens", type=at_least(1), default=8192, help="tokens of a packed row, that is of a micro-batch")
-    p.add_argument("--lr", type=at_least(0, float), default=lr, help="peak learning rate")
-    p.add_argument("--warmup", type=at_least(0, float, most=0.99), default=0.05, help="share of the steps, before the cosine to zero")
-    p.add_argument("--weight-decay", type=at_least(0, float), default=0.01, help="AdamW's, on matrices")
-    p.add_argument("--clip", type=at_least(0, float), default=1.0, help="largest gradient norm; 0: any")
-    p.add_argument("--valid-every", type=at_least(1), help="steps between validations; default: a tenth of the run")
-    p.add_argument("--save-every", type=at_least(1), help="steps between resumable states; default: 10 seconds, or 20 times what the last one "
-                   "took, 10 minutes at most")
-    p.add_argument("--keep", type=at_least(0), default=0, help="models to keep on the way, at even distances: OUT/step-N, each as good as a run")
-    if adapters:
-        p.add_argument("--lora-rank", type=at_least(1), help=f"rank of new adapters; alpha is twice that; default: {RANK}")
-        p.add_argument("--lora-dropout", type=at_least(0, float, most=0.99), help=f"dropout before new adapters; default: {DROPOUT}")
-        p.add_argument("--shard", action="store_true", help="less memory: every rank keeps a share of the frozen layers only")
-    else:
-        p.set_defaults(shard=False)
-    p.add_argument("--checkpoint-activations", action="store_true", help="less memory: backward computes each layer again")
+def run_directory(s, command, start, reasoning, **facts):
+    """The locked output directory of a training that starts from the model `start`."""
+    facts |= {"command": command, "start": str(Path(start).resolve())}
+    facts |= {"data_hash": file_hash(s.data), "reasoning": asdict(reasoning)}
+    return output_directory(s.out, s, **facts)
 
 
-def fitting(examples: list, length, row_tokens: int, rank: int, where: str) -> list:
-    """The examples no longer than a row; says how many were skipped. Raises UserError when none is left."""
-    kept = [e for e in examples if length(e) <= row_tokens]
-    if rank == 0 and len(kept) < len(examples):
-        print(f"{where}: skipped {len(examples) - len(kept)} of {len(examples)} examples, "
-              f"longer than --row-tokens {row_tokens}")
-    if not kept:
-        raise UserError(f"{where}: no example fits into --row-tokens {row_tokens}; "
-                        f"the shortest needs {min(map(length, examples))}")
-    return kept
+def make_runner(model, s, process, shard=False):
+    """Runs `model` on packed rows in the way that its device and the settings ask for.
+
+    shard: spreads the frozen layers over the ranks, which gather a layer when they need it (FSDP2).
+    """
+    if shard:
+        if process.world == 1:
+            raise UserError("--shard: spreads a model over ranks; start the command with torchrun")
+        mesh = dist.init_device_mesh(process.device.type, (process.world,))
+        layers = {p for n, p in model.layers.named_parameters() if ".adapters." not in n}
+        for module in [*model.layers, model]:
+            fully_shard(module, mesh=mesh, ignored_params=set(model.parameters()) - layers)
+    if on_gpu := process.device.type == "cuda":
+        model.compile_layers()
+    return Runner(model, on_gpu and not shard, s.checkpoint_activations)
 
 
 @lru_cache(maxsize=2)
-def _shuffled(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.default_rng((seed, epoch)).permutation(count)
+def shuffled(seed, epoch, count):
+    return np.random.default_rng((seed, epoch)).permutation(count).tolist()
 
 
-def batch_indices(step: int, batch_size: int, count: int, seed: int) -> list[int]:
-    """Which of `count` examples step number `step` (from 0) sees: a function of the seed, so a resumed run goes on alike."""
+def batch_indices(step, batch_size, count, seed):
+    """Which of `count` examples step number `step` (from 0) sees: a new order for each epoch."""
     places = range(step * batch_size, (step + 1) * batch_size)
-    return [int(_shuffled(seed, p // count, count)[p % count]) for p in places]
+    return [shuffled(seed, p // count, count)[p % count] for p in places]
 
 
-def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
+def learning_rate(step, steps, peak, warmup):
     """Linear warm-up over the share `warmup` of the steps, then a cosine to zero."""
     warm = max(1, round(warmup * steps))
     if step < warm:
@@ -114,219 +115,183 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (steps - warm + 1)))
 
 
-def _save_state(path: Path, progress: dict, learned: dict, optimizer) -> None:
-    tensors = {f"parameter/{n}": p for n, p in learned.items()}
-    for n, p in learned.items():
-        tensors |= {f"{key}/{n}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
-    write_tensors(path, tensors, {"progress": json.dumps(progress)})
+def fitting(examples, task, s, process):
+    """The examples that fit into a row. Says how many do not."""
+    kept = [e for e in examples if task.length(e) <= s.row_tokens]
+    if skipped := len(examples) - len(kept):
+        process.say(f"skipped {skipped} examples longer than --row-tokens {s.row_tokens}")
+    return kept
 
 
-def _load_state(path: Path, learned: dict, optimizer) -> dict:
-    """The progress of a run whose state is saved at `path`, or of one that begins: what finished.json will say."""
-    if not path.exists():
-        return {"steps": 0, "loss": None, "valid": None, "seconds": 0.0}
-    tensors, metadata = read_tensors(path)
-    progress = json.loads(metadata["progress"])
-    for n, p in learned.items():
-        p.data.copy_(tensors[f"parameter/{n}"])
-        moments = {key: tensors[f"{key}/{n}"].to(p) for key in ("exp_avg", "exp_avg_sq")}
-        fused = optimizer.defaults["fused"]  # the fused kernel counts its steps on the GPU
-        optimizer.state[p] = {"step": torch.tensor(float(progress["steps"]), device=p.device if fused else "cpu")} | moments
-    return progress
+def train(task, examples, valid, s, process, out, lr, epochs, max_steps):
+    """Trains `task` on `examples` in the locked run directory `out`, or goes on with what is there.
 
-
-def _reduced(values: dict[str, float], device) -> dict[str, float]:
-    """Sums over all ranks."""
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(total)
-    return dict(zip(values, total.tolist()))
-
-
-def deal(task: Task, examples: list, row_tokens: int, shape: RowShape | None, rank: int, world: int) -> list[tuple[list, float]]:
-    """The rows of a batch that are this rank's, each with its weight: 1, or 0 where it only repeats another.
-
-    All ranks get as many, since sharded layers are gathered by all of them together. Rows are as long as `shape` says, if there is one.
+    Writes metrics.jsonl, what task.save writes, and finished.json. resume.safetensors is there
+    until the run is finished.
     """
-    tokens, most = (shape.tokens, shape.examples) if shape else (row_tokens, None)
-    rows = pack([task.length(e) for e in examples], tokens, world, most)
-    rows = [[examples[i] for i in indices] for indices in rows]
-    mine = rows[rank::world]
-    repeats = -(-len(rows) // world) - len(mine)
-    return [(row, 1.0) for row in mine] + [(rows[0], 0.0)] * repeats
-
-
-def flat_gradients(parameters: list[nn.Parameter]) -> torch.Tensor:
-    """Gives all parameters a zero gradient and returns these as one vector: ranks add it up in one message."""
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
-    for p, grad in zip(parameters, flat.split([p.numel() for p in parameters])):
-        p.grad = grad.view_as(p)
-    return flat
-
-
-def shard(model, device: torch.device, world: int) -> None:
-    """Spreads the frozen layers of `model` over the ranks, which gather a layer when they need it (FSDP2).
-
-    Adapters, embeddings and head stay whole on every rank. Raises UserError without torchrun.
-    """
-    if not dist.is_initialized():
-        raise UserError("--shard: spreads a model over ranks; start the command with torchrun")
-    mesh = dist.init_device_mesh(device.type, (world,))
-    in_layers = {p for n, p in model.layers.named_parameters() if ".adapters." not in n}
-    whole = set(model.parameters()) - in_layers
-    for module in [*model.layers, model]:
-        fully_shard(module, mesh=mesh, ignored_params=whole)
-
-
-@torch.no_grad()
-def evaluate(task: Task, examples: list, row_tokens: int, shape: RowShape | None, rank: int, world: int, device) -> dict:
-    """Mean loss parts over `examples`, without noise and dropout."""
-    task.eval()
-    sums = {k: 0.0 for k in task.weights}
-    for row, real in deal(task, examples, row_tokens, shape, rank, world):
-        parts = task(to_device(task.row(row), device, shape))
-        sums = {k: sums[k] + real * float(parts[k]) for k in sums}
-    task.train()
-    counts = task.counts(examples)
-    means = {k: v / counts[k] for k, v in _reduced(sums, device).items()}
-    return {"loss": sum(task.weights[k] * v for k, v in means.items())} | means
-
-
-def train(task: Task, examples: list, valid: list | None, args, rank: int, world: int, device: torch.device) -> None:
-    """Trains `task` on `examples` into args.out, or goes on with the run that is there. Raises UserError.
-
-    Writes config.json, metrics.jsonl, what task.save writes, and resume.safetensors until the run is finished.
-    """
-    out = Path(args.out)
-    if args.batch_size < world:
-        raise UserError(f"--batch-size {args.batch_size}: every one of the {world} ranks needs at least one example a step")
-    examples = fitting(examples, task.length, args.row_tokens, rank, args.data)
-    valid = fitting(valid, task.length, args.row_tokens, rank, args.valid) if valid else None
-    from_rank0(lambda: open_run(out, vars(args) | {"data_hash": file_hash(args.data)}))
     if (out / "finished.json").exists():
-        if rank == 0:
-            print(f"{out}: is finished already")
-        return
-    held = hold(out)
-    steps = args.max_steps or max(1, math.ceil(args.epochs * len(examples) / args.batch_size))
-    valid_every = args.valid_every or max(1, steps // 10)
-
-    if args.shard:
-        shard(task.model, device, world)
-    task.model.checkpoint_activations = args.checkpoint_activations
-    shape = None
-    if device.type == "cuda":
-        shape = row_shape([task.length(e) for e in examples + (valid or [])], args.batch_size / world, args.row_tokens)
-        if not (args.shard or args.checkpoint_activations):  # these are for models so large that launches don't matter
-            task.model.graphs = {}
-    task.to(device).train()
-    learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
-    matrices, others = ([p for p in learned.values() if (p.ndim >= 2) == m] for m in (True, False))
-    optimizer = torch.optim.AdamW([{"params": matrices}, {"params": others, "weight_decay": 0.0}], lr=args.lr,
-                                  betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=device.type == "cuda")
-    gradients = flat_gradients(list(learned.values()))
-    progress = _load_state(out / "resume.safetensors", learned, optimizer)
-    first, begin = progress["steps"], time.time() - progress["seconds"]
-    due_after = lambda took: time.monotonic() + min(max(10, 20 * took), 600)  # where all weights learn a state is gigabytes
-    next_save = due_after(0)
-    if rank == 0:
-        _truncate_metrics(out / "metrics.jsonl", first)
-        learning, total = (sum(p.numel() for p in ps) for ps in (learned.values(), task.parameters()))
-        origin = vars(args).get("init") or vars(args).get("phase1") or args.model
-        print(f"{args.command}: {learning:,} of {total:,} parameters of {origin} learn from {args.data} ({len(examples)} examples), "
-              f"{steps} steps of {args.batch_size} on {world} x {device}" + (f", going on at step {first}" if first else ""))
-
-    def save():
-        nonlocal next_save
-        if rank == 0:
-            start = time.monotonic()
-            task.save(out)
-            progress["seconds"] = time.time() - begin
-            _save_state(out / "resume.safetensors", progress, learned, optimizer)
-            next_save = due_after(time.monotonic() - start)
-
-    keeping = {steps * i // (args.keep + 1) for i in range(1, args.keep + 1)}
-
-    def keep(step):
-        if rank == 0:
-            kept = out / f"step-{step}"
-            kept.mkdir(exist_ok=True)
-            task.save(kept)
-            write_json(kept / "config.json", read_json(out / "config.json"))
-            write_json(kept / "finished.json", {"steps": step})  # the last: until then nobody takes it for whole
-
-    metrics = open(out / "metrics.jsonl", "a", encoding="utf-8") if rank == 0 else None
-    record = (lambda **values: print(json.dumps(values), file=metrics, flush=True)) if rank == 0 else (lambda **_: None)
-    bar = tqdm(total=steps, initial=first, disable=rank > 0, desc=out.name, mininterval=1, dynamic_ncols=True)
-
-    def load(step):
-        """The batch of a step; this rank's rows of it, as deal has them, which a thread builds while the GPU is busy."""
-        batch = [examples[i] for i in batch_indices(step, args.batch_size, len(examples), args.seed)]
-        rows = deal(task, batch, args.row_tokens, shape, rank, world)
-        return batch, [(loader.submit(task.row, row), real) for row, real in rows]
-
-    with held, Stopper() as stopper, bar, ThreadPoolExecutor(1) as loader:
-        upcoming = load(first)
-        for step in range(first, steps):
-            tick = time.time()
-            torch.manual_seed(hash((args.seed, step, rank)))  # dropout and noise: nothing else to save for a resume
-            (batch, rows), upcoming = upcoming, load(step + 1)
-            counts, sums = task.counts(batch), {k: 0.0 for k in task.weights}
-            for row, real in rows:
-                parts = task(to_device(row.result(), device, shape))
-                (real * task.loss(parts, counts)).backward()
-                sums = {k: sums[k] + real * parts[k].detach() for k in sums}
-            if world > 1:
-                dist.all_reduce(gradients)
-
-            lr = learning_rate(step, steps, args.lr, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            grad_norm = nn.utils.clip_grad_norm_(learned.values(), args.clip or math.inf)
-            optimizer.step()
-            gradients.zero_()
-
-            totals = _reduced(sums | {"stop": float(stopper.asked)}, device)
-            stop = totals.pop("stop") > 0
-            means = {k: v / counts[k] for k, v in totals.items()}
-            loss = sum(task.weights[k] * v for k, v in means.items())
-            progress |= {"steps": step + 1, "loss": loss}
-            norm = float(grad_norm)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise UserError(f"{out}: at step {step + 1} the loss is {loss:.4g} and the norm of its gradient {norm:.4g}; nothing of "
-                                "that step is saved; begin anew, in another --out, with a smaller --lr or other data", shared=True)
-            tokens = sum(task.tokens(e) for e in batch)
-            record(step=step + 1, loss=loss, **means, lr=lr, grad_norm=norm,
-                   tokens_per_s=round(tokens / (time.time() - tick)))
-            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
-            bar.update()
-            if valid and ((step + 1) % valid_every == 0 or step + 1 == steps):
-                progress["valid"] = evaluate(task, valid, args.row_tokens, shape, rank, world, device)
-                record(step=step + 1, **{f"valid_{k}": v for k, v in progress["valid"].items()})
-            if step + 1 in keeping:
-                keep(step + 1)
-            due = (step + 1) % args.save_every == 0 if args.save_every else time.monotonic() > next_save
-            if stop or due or step + 1 == steps:
-                save()
-            if stop and step + 1 < steps:
-                bar.close()
-                if rank == 0:
-                    print(f"{out}: stopped after step {step + 1} of {steps}; the same command goes on from there")
-                raise KeyboardInterrupt
-        bar.close()
-        if world > 1:
-            dist.barrier()  # nobody still looks for the state that is about to go
-        if rank == 0:
-            metrics.close()
-            write_json(out / "finished.json", progress)
-            (out / "resume.safetensors").unlink()
-            print(f"{out}: loss {progress['loss']:.4f}, " + (f"validation {progress['valid']['loss']:.4f}, " if progress["valid"] else "")
-                  + f"{steps} steps, {progress['seconds']:.0f} s")
+        process.say(f"{out}: is finished already")
+        task.load(out)
+    else:
+        examples, valid = (fitting(x, task, s, process) for x in (examples, valid))
+        if min(len(examples), s.batch_size) < process.world:
+            raise UserError("--batch-size, --row-tokens: each rank needs an example that fits")
+        steps = max_steps or math.ceil(epochs * len(examples) / s.batch_size)
+        Trainer(task, examples, valid, s, process, out, lr, steps).loop()
+        gc.collect()  # recorded graphs hold memory
+    barrier()
+    (out / "resume.safetensors").unlink(missing_ok=True)
 
 
-def _truncate_metrics(path: Path, step: int) -> None:
-    """Drops what a run wrote after the state from which it goes on."""
-    if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_text(path, "".join(line + "\n" for line in kept))
+class Trainer:
+    def __init__(self, task, examples, valid, s, process, out, lr, steps):
+        self.task, self.examples, self.valid, self.s = task, examples, valid, s
+        self.process, self.out, self.lr, self.steps = process, out, lr, steps
+        device, share = process.device, s.batch_size / process.world
+        task.to(device).train()
+        self.shape = row_shape([*map(task.length, examples + valid)], share, s.row_tokens, device)
+        self.learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
+        for p in self.learned.values():  # CUDA graphs reuse the memory of their gradients: backward
+            p.grad = torch.zeros_like(p)  # must add to a tensor that is there
+        fused = device.type == "cuda"
+        self.optimizer = torch.optim.AdamW(self.learned.values(), **ADAMW, fused=fused)
+        self.ddp = task
+        if process.world > 1:
+            options = dict(broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
+            self.ddp = DistributedDataParallel(task, **options)
+        self.progress, self.builder = {"steps": 0, "seconds": 0.0}, ThreadPoolExecutor(1)
+        if (out / "resume.safetensors").exists():
+            self.load()
+
+    def loop(self):
+        first, s, main = self.progress["steps"], self.s, self.process.main
+        self.announce(first)
+        kept = {self.steps * i // (s.keep + 1) for i in range(1, s.keep + 1)}
+        begin, next_save = time.time() - self.progress["seconds"], time.time() + 10
+        bar = tqdm(range(first, self.steps), self.out.name, disable=not main, mininterval=1)
+        with Stopper() as stopper:
+            upcoming = self.batch(first)
+            for step in bar:
+                batch, upcoming = upcoming, self.batch(step + 1)  # packed while the GPU is busy
+                self.step(step, *batch)
+                bar.set_postfix(loss=self.progress["loss"], refresh=False)
+                done, stop = step + 1, self.process.sum([stopper.asked])[0] > 0
+                now, last = time.time(), done == self.steps
+                self.progress["seconds"] = now - begin
+                if self.valid and (done % max(1, self.steps // 10) == 0 or last):
+                    self.validate()
+                due = done % s.save_every == 0 if s.save_every else now > next_save
+                if main and (due or stop or last):
+                    self.save()
+                    next_save = now + max(10, 20 * (time.time() - now))  # 5% of the time is saving
+                if main and done in kept:
+                    self.finish(self.out / f"step-{done}")
+                if stop and not last:
+                    self.process.say(f"{self.out}: stopped after step {done}; the command goes on")
+                    raise KeyboardInterrupt
+        barrier()  # no rank still reads the state that is about to go
+        if main:
+            self.finish(self.out)
+        self.process.say(f"{self.out}: {json.dumps(self.progress)}")
+
+    def batch(self, step):
+        """The examples of a step, and this rank's rows of it."""
+        indices = batch_indices(step, self.s.batch_size, len(self.examples), self.s.seed)
+        batch = [self.examples[i] for i in indices]
+        return batch, self.rows(batch)
+
+    def rows(self, examples):
+        """This rank's rows of `examples`, being packed, with weight 1.
+
+        Or 0 where a row only repeats another: all ranks get as many rows, since they gather sharded
+        layers together.
+        """
+        lengths, world = [*map(self.task.length, examples)], self.process.world
+        rows = distribute(lengths, world, self.shape.tokens, self.shape.examples)
+        mine = rows[self.process.rank :: world]
+        weights = [1.0] * len(mine) + [0.0] * (-(-len(rows) // world) - len(mine))
+        chosen = ([examples[i] for i in indices] for indices in mine + rows[:1])
+        return [(self.builder.submit(self.task.pack, x), w) for x, w in zip(chosen, weights)]
+
+    def means(self, examples, rows, learn):
+        """The loss of `examples` and its parts, from the rows of all ranks. `learn`: backward."""
+        device, weights, world = self.process.device, self.task.weights, self.process.world
+        counts, sums = self.task.counts(examples), dict.fromkeys(weights, 0.0)
+        for i, (row, weight) in enumerate(rows):
+            # ranks exchange gradients in the last backward only
+            self.ddp.require_backward_grad_sync = i == len(rows) - 1
+            parts = (self.ddp if learn else self.task)(to_device(row.result(), device, self.shape))
+            if learn:
+                loss = sum(w * parts[k] / counts[k] for k, w in weights.items())
+                (world * weight * loss).backward()  # DDP averages over ranks
+            sums = {k: x + weight * parts[k].detach() for k, x in sums.items()}
+        means = {k: x / counts[k] for k, x in zip(sums, self.process.sum(sums.values()))}
+        return {"loss": sum(weights[k] * x for k, x in means.items())} | means
+
+    def step(self, step, batch, rows):
+        """One optimizer step."""
+        begin, task = time.time(), self.task
+        torch.manual_seed(hash((self.s.seed, step, self.process.rank)))  # dropout, noise: resumable
+        means = self.means(batch, rows, learn=True)
+        rate = learning_rate(step, self.steps, self.lr, self.s.warmup)
+        self.optimizer.param_groups[0]["lr"] = rate
+        norm = float(nn.utils.clip_grad_norm_(self.learned.values(), CLIP))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        loss = means["loss"]
+        if not math.isfinite(loss + norm):
+            what = f"{self.out}: at step {step + 1} the loss is {loss:.4g}, its gradient {norm:.4g}"
+            raise UserError(f"{what}; begin again in another --out with a smaller --lr", True)
+        self.progress |= {"steps": step + 1, "loss": loss}
+        tokens = sum(num_tokens(name, e, task.r) for e in batch for name in task.layouts)
+        speed = round(tokens / (time.time() - begin))
+        self.record(step=step + 1, **means, lr=rate, grad_norm=norm, tokens_per_s=speed)
+
+    @torch.no_grad()
+    def validate(self):
+        """Records the loss of the validation examples, without noise and dropout."""
+        self.task.eval()
+        means = self.means(self.valid, self.rows(self.valid), learn=False)
+        self.task.train()
+        self.progress["valid"] = means["loss"]
+        self.record(step=self.progress["steps"], **{f"valid_{k}": x for k, x in means.items()})
+
+    def announce(self, first):
+        """Says what is trained on what. Drops metrics behind the state from which a run goes on."""
+        learned, path = sum(p.numel() for p in self.learned.values()), self.out / "metrics.jsonl"
+        self.process.say(
+            f"{self.out}: {learned:,} parameters learn from {len(self.examples)} examples of "
+            f"{self.s.data}, steps {first + 1} to {self.steps} of {self.s.batch_size}, on "
+            f"{self.process.world} x {self.process.device}"
+        )
+        if self.process.main:
+            lines = path.read_text().splitlines(True) if path.exists() else []
+            whole = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= first]
+            write_text(path, "".join(whole))
+
+    def record(self, **values):
+        """Appends a line to metrics.jsonl."""
+        if self.process.main:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def save(self):
+        tensors = {f"parameter/{n}": p for n, p in self.learned.items()}
+        for n, p in self.learned.items():
+            tensors |= {f"{key}/{n}": x for key, x in self.optimizer.state[p].items()}
+        write_tensors(self.out / "resume.safetensors", tensors, self.progress)
+
+    def load(self):
+        path = self.out / "resume.safetensors"
+        tensors, self.progress = read_tensors(path, self.process.device)
+        for n, p in self.learned.items():
+            p.data.copy_(tensors[f"parameter/{n}"])
+            keys = ("step", "exp_avg", "exp_avg_sq")
+            self.optimizer.state[p] = {key: tensors[f"{key}/{n}"] for key in keys}
+
+    def finish(self, out):
+        """Writes a model: the last one, or one on the way, which is as good as a run."""
+        self.task.save(out)
+        if out != self.out and (self.out / "config.json").exists():
+            shutil.copy(self.out / "config.json", out)
+        write_json(out / "finished.json", self.progress)

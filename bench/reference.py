@@ -1,7 +1,7 @@
-"""How the field trains Latent-SFT today, for the benches: Transformers + PEFT, padded batches, dense masks, full logits.
+"""How the field trains Latent-SFT today: Transformers + PEFT, padded batches, dense masks.
 
-Written for a fair comparison, not as a straw man: same examples, layouts, masks and positions as ours (they come from the
-product's data.py and masks.py), same LoRA targets, same losses; only the machinery differs.
+For the benches. Examples, layouts, masks, positions, LoRA targets and losses are the product's;
+only the machinery differs. Logits are taken at every position.
 """
 
 import torch
@@ -9,21 +9,29 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from data import pack_row
-from masks import LATENT, dense
+from data import pack_examples
+from masks import LATENT, RULES, dense
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def build(directory, weights: dict[str, torch.Tensor], adapters: tuple[str, ...], rank: int, dtype, device):
-    """A PEFT model of the shape in directory/config.json with these base weights, and one LoRA adapter per name."""
+def build(
+    directory, weights: dict[str, torch.Tensor], adapters: tuple[str, ...], rank: int, dtype, device
+):
+    """A PEFT model of the shape in directory/config.json, with one LoRA adapter per name."""
     config = AutoConfig.from_pretrained(directory)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
     missing, extra = model.load_state_dict(weights, strict=False)
     assert not extra and set(missing) <= {"lm_head.weight"}, (missing, extra)
     for i, name in enumerate(adapters):
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.1, target_modules=TARGETS, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            lora_dropout=0.1,
+            target_modules=TARGETS,
+            task_type="CAUSAL_LM",
+        )
         if i == 0:
             model = get_peft_model(model, config, name)
         else:
@@ -31,20 +39,28 @@ def build(directory, weights: dict[str, torch.Tensor], adapters: tuple[str, ...]
     return model.train()
 
 
-def padded(layout: str, examples, r: int, rule, device) -> dict[str, torch.Tensor]:
-    """A right-padded batch: ids, positions, is_latent [B, T], labels [B, T] (-100 where none), mask [B, 1, T, T] additive."""
-    rows = [pack_row(layout, [e], r) for e in examples]
+def padded(layout: str, examples, r: int, device) -> dict[str, torch.Tensor]:
+    """A right-padded batch: ids, positions, is_latent, labels [B, T], mask [B, 1, T, T]."""
+    rows = [pack_examples(layout, [e], r) for e in examples]
     B, T = len(rows), max(len(row.ids) for row in rows)
-    batch = {"ids": torch.zeros(B, T, dtype=torch.long), "positions": torch.zeros(B, T, dtype=torch.long),
-             "is_latent": torch.zeros(B, T, dtype=torch.bool), "labels": torch.full((B, T), -100)}
-    allowed = torch.eye(T, dtype=torch.bool).repeat(B, 1, 1)  # padding looks at itself, so that no row is empty
+    batch = {
+        "ids": torch.zeros(B, T, dtype=torch.long),
+        "positions": torch.zeros(B, T, dtype=torch.long),
+        "is_latent": torch.zeros(B, T, dtype=torch.bool),
+        "labels": torch.full((B, T), -100),
+    }
+    allowed = torch.eye(T, dtype=torch.bool).repeat(
+        B, 1, 1
+    )  # padding looks at itself, so that no row is empty
     for i, row in enumerate(rows):
         n = len(row.ids)
         batch["ids"][i, :n], batch["positions"][i, :n] = row.ids, row.position_ids
         batch["is_latent"][i, :n] = row.labels.kind == LATENT
         batch["labels"][i, row.target_index] = row.targets
-        allowed[i, :n, :n] = dense(rule, row.labels)
-    batch["mask"] = torch.zeros(B, 1, T, T).masked_fill(~allowed[:, None], torch.finfo(torch.float32).min)
+        allowed[i, :n, :n] = dense(RULES[layout], row.labels)
+    batch["mask"] = torch.zeros(B, 1, T, T).masked_fill(
+        ~allowed[:, None], torch.finfo(torch.float32).min
+    )
     return {k: v.to(device) for k, v in batch.items()}
 
 
@@ -54,12 +70,20 @@ def backbone(model):
 
 def hidden_states(model, batch, embeds):
     mask = batch["mask"].to(embeds.dtype)
-    return backbone(model).model(inputs_embeds=embeds, attention_mask=mask, position_ids=batch["positions"],
-                                 use_cache=False).last_hidden_state
+    return (
+        backbone(model)
+        .model(
+            inputs_embeds=embeds,
+            attention_mask=mask,
+            position_ids=batch["positions"],
+            use_cache=False,
+        )
+        .last_hidden_state
+    )
 
 
 def phase1_loss(model, latent_query, batch, decoder_batch, k: int) -> torch.Tensor:
-    """Joint phase 1: encoder and decoder forward on padded batches of both layouts, logits at every position."""
+    """Joint phase 1 on padded batches of both layouts."""
     E = backbone(model).get_input_embeddings().weight
     model.set_adapter("encoder")
     embeds = torch.where(batch["is_latent"][..., None], latent_query.to(E.dtype), E[batch["ids"]])
@@ -74,7 +98,7 @@ def phase1_loss(model, latent_query, batch, decoder_batch, k: int) -> torch.Tens
 
 
 def phase2_loss(model, batch, examples) -> torch.Tensor:
-    """Phase 2 on a padded batch of `examples` with `probs` and `ids`: CE on the answer, KL at the position before each latent."""
+    """Phase 2 on a padded batch: CE on the answer, KL at the position before each latent."""
     E = backbone(model).get_input_embeddings().weight
     device = E.device
     probs = torch.cat([e.probs for e in examples]).float().to(device)
@@ -85,5 +109,7 @@ def phase2_loss(model, batch, examples) -> torch.Tensor:
     ce = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
     log_q = logits.log_softmax(-1)[:, :-1][batch["is_latent"][:, 1:]].gather(-1, ids)
     kl = (torch.xlogy(probs, probs) - probs * log_q).sum(-1)
-    weights = torch.cat([torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples]).to(device)
+    weights = torch.cat([torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples]).to(
+        device
+    )
     return ce + (weights * kl).sum() / len(examples)

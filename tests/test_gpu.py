@@ -1,6 +1,6 @@
 """The compiled GPU path against the CPU path. Needs a GPU, and float32 that is float32:
 
-    python -m pytest -m gpu tests
+python -m pytest -m gpu tests
 """
 
 import copy
@@ -12,25 +12,38 @@ import pytest
 import torch
 
 import attention
+from attention import Runner
 from cache_latents import encode
 import data
-import demo
-import graphs as graphs_module
-from load_hf_weights import hf_name
+from experiments import demo
+from lib.files import write_tensors
+from load_hf_weights import Reasoning, hf_name
 import lora
 import masks
 from model import Config, Model
-import runs
-from sample import Sampler, Sampling
+from sample import Sampler, SamplingParams
+from test_training import phase2_settings
 import train_phase1
 from train_phase1 import Encoder, Phase1
 from train_phase2 import LatentExample, Phase2
 import trainer
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here"),
+]
 GPU, V = torch.device("cuda"), 1000
-CONFIG = Config(model_type="qwen3", vocab_size=V, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=8,
-                num_key_value_heads=2, head_dim=64, tie_word_embeddings=True)
+CONFIG = Config(
+    model_type="qwen3",
+    vocab_size=V,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=4,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=64,
+    tie_word_embeddings=True,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -44,45 +57,80 @@ def random_examples(count: int, k: int = 10, seed: int = 0) -> list[LatentExampl
     ids = lambda n: [rng.randrange(V) for _ in range(n)]
     examples = []
     for _ in range(count):
-        e = data.Example(ids(rng.randint(3, 90)), ids(rng.choice([1, 2, 30, 200])), [5, 6], ids(rng.randint(1, 20)))
+        e = data.Example(
+            ids(rng.randint(3, 90)),
+            ids(rng.choice([1, 2, 30, 200])),
+            [5, 6],
+            ids(rng.randint(1, 20)),
+        )
         n = data.num_latents(e, 3)
-        top = torch.stack([torch.randperm(V, generator=generator)[:k] for _ in range(n)]) if k else None
-        examples.append(LatentExample(**vars(e), probs=torch.rand(n, k or V, generator=generator).softmax(-1), ids=top))
+        top = (
+            torch.stack([torch.randperm(V, generator=generator)[:k] for _ in range(n)])
+            if k
+            else None
+        )
+        examples.append(
+            LatentExample(
+                **vars(e), probs=torch.rand(n, k or V, generator=generator).softmax(-1), ids=top
+            )
+        )
     return examples
 
 
 def task_of(phase: int, k: int, how: str = ""):
-    model = Model(CONFIG).initialize(torch.Generator().manual_seed(1), std=0.05).requires_grad_(False)
-    model = model.to(torch.bfloat16).float()  # weights that bf16 holds exactly, so that dtypes differ in arithmetic only
+    model = demo.initialize(Model(CONFIG), torch.Generator().manual_seed(1), 0.05).requires_grad_(
+        False
+    )
+    model = model.to(
+        torch.bfloat16
+    ).float()  # weights that bf16 holds exactly, so that dtypes differ in arithmetic only
     model.rope_frequencies = Model(CONFIG).rope_frequencies
-    for name in ("encoder", "decoder") if phase == 1 else () if "all weights" in how else ("student",):
+    for name in (
+        ("encoder", "decoder") if phase == 1 else () if "all weights" in how else ("student",)
+    ):
         lora.add_adapter(model, name, 16, 32)
         torch.manual_seed(len(name))
         for p in lora.adapter_parameters(model, name).values():
             p.data.normal_(0, 0.05)
     torch.manual_seed(3)
+    run = Runner(model)
     if phase == 1:
-        return Phase1(Encoder(model, 0.05 * torch.randn(CONFIG.hidden_size)), 3, k, ("encoder", "decoder"), w_anchor=0.5)
-    return Phase2(model, 3, k, own_share=1.0 if "own" in how else 0.0, source=Path("no adapter") if "all weights" in how else None)
+        encoder = Encoder(run, 3, k)
+        encoder.latent_query.data = 0.05 * torch.randn(CONFIG.hidden_size)
+        return Phase1(run, encoder, ("encoder", "decoder"), w_segment=0.5)
+    s = phase2_settings(scheduled_sampling=1.0 if "own" in how else 0.0)
+    source = Path("no adapter") if "all weights" in how else None
+    return Phase2(run, s, Reasoning("latent", k, 3), 0, source)
 
 
 def losses_and_gradients(task, examples, device, shape=None):
     learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
-    if next(iter(learned.values())).grad is None:
-        trainer.flat_gradients(list(learned.values()))
     for p in learned.values():
-        p.grad.zero_()
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
     counts = task.counts(examples)
-    parts = task(data.to_device(task.row(examples), device, shape))
+    parts = task(data.to_device(task.pack(examples), device, shape))
     means = {key: task.weights[key] * part / counts[key] for key, part in parts.items()}
     sum(means.values()).backward()
-    return {key: m.item() for key, m in means.items()}, {n: p.grad.double().cpu() for n, p in learned.items()}
+    return {key: m.item() for key, m in means.items()}, {
+        n: p.grad.double().cpu() for n, p in learned.items()
+    }
 
 
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
-@pytest.mark.parametrize("how,phase,k", [("graphs", 1, 10), ("graphs", 1, V), ("graphs", 1, 0), ("graphs", 2, 10), ("graphs", 2, 0),
-                                         ("checkpointing", 1, 10), ("checkpointing", 2, 10),
-                                         ("graphs, own latents", 2, V), ("graphs, own latents, all weights", 2, V)])
+@pytest.mark.parametrize(
+    "how,phase,k",
+    [
+        ("graphs", 1, 10),
+        ("graphs", 1, V),
+        ("graphs", 1, 0),
+        ("graphs", 2, 10),
+        ("graphs", 2, 0),
+        ("checkpointing", 1, 10),
+        ("checkpointing", 2, 10),
+        ("graphs, own latents", 2, V),
+        ("graphs, own latents, all weights", 2, V),
+    ],
+)
 def test_equals_the_cpu(how, phase, k, dtype, tolerance):
     """Losses, and the gradients of the latent query and of each adapter as a vector, on a first row and on one that a graph
     recorded on the first is replayed for; bf16's rounding alone moves a gradient by two or three percent. With k = V no rounding changes which tokens are the top k."""
@@ -90,40 +138,63 @@ def test_equals_the_cpu(how, phase, k, dtype, tolerance):
         pytest.skip("a GPU takes weights that learn to bf16")
     task, batches = task_of(phase, k, how), [random_examples(24, k, seed) for seed in range(2)]
     there = copy.deepcopy(task).to(GPU)
-    there.model.checkpoint_activations, there.model.graphs = (False, {}) if "graphs" in how else (True, None)
+    there.model.compile_layers()
+    there.run = Runner(there.model, "graphs" in how, "checkpointing" in how)
+    if phase == 1:
+        there.encoder.run = there.run
     for n, p in there.named_parameters():
         if not p.requires_grad:
             p.data = p.data.to(dtype)
     lengths = [task.length(e) for batch in batches for e in batch]
-    shape = data.row_shape(lengths, 24, 10**6) if "graphs" in how else None
+    shape = data.row_shape(lengths, 24, 10**6, GPU)
     for number, examples in enumerate(batches):
         expected, expected_gradients = losses_and_gradients(task, examples, torch.device("cpu"))
         losses, gradients = losses_and_gradients(there, examples, GPU, shape)
         for key in expected:
-            print(f"{how}, phase {phase}, k {k}, {dtype}, row {number}: {key} differs by {abs(losses[key] - expected[key]):.1e}")
+            print(
+                f"{how}, phase {phase}, k {k}, {dtype}, row {number}: {key} differs by {abs(losses[key] - expected[key]):.1e}"
+            )
             assert losses[key] == pytest.approx(expected[key], abs=tolerance)
         for part in ("latent_query", ".encoder.", ".decoder.", ".student.", "all weights"):
-            chosen = [n for n in expected_gradients if part in how or part in n and ("latent" in part or "adapters" in n)]
+            chosen = [
+                n
+                for n in expected_gradients
+                if part in how or part in n and ("latent" in part or "adapters" in n)
+            ]
             if chosen:
-                ours, theirs = (torch.cat([g[n].flatten() for n in chosen]) for g in (gradients, expected_gradients))
+                ours, theirs = (
+                    torch.cat([g[n].flatten() for n in chosen])
+                    for g in (gradients, expected_gradients)
+                )
                 error = float((ours - theirs).norm() / theirs.norm())
-                print(f"{how}, phase {phase}, k {k}, {dtype}, row {number}: gradient of {part} differs by {error:.1e}")
-                if not (phase == 1 and k == 10 and dtype == torch.bfloat16):  # that may have picked other tokens
+                print(
+                    f"{how}, phase {phase}, k {k}, {dtype}, row {number}: gradient of {part} differs by {error:.1e}"
+                )
+                if not (
+                    phase == 1 and k == 10 and dtype == torch.bfloat16
+                ):  # that may have picked other tokens
                     assert error < (tolerance if dtype == torch.float32 else 2 * tolerance)
 
 
-@pytest.mark.parametrize("name,rule", [("latent", masks.causal), ("encoder", masks.induction), ("decoder", masks.supervision)])
+@pytest.mark.parametrize(
+    "name,rule",
+    [("latent", masks.causal), ("encoder", masks.induction), ("decoder", masks.supervision)],
+)
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_attention(name, rule, dtype, tolerance):
     """Forward and gradients of every backend against SDPA on the CPU in float64."""
-    row = data.padded(data.pack_row(name, random_examples(20), 3))
+    row = data.pack_examples(name, random_examples(20), 3)
+    row = data.pad(
+        row, data.RowShape(-(-len(row.ids) // 128) * 128, 20, 24, max(row.labels.longest, 128))
+    )
     torch.manual_seed(0)
     inputs = [torch.randn(len(row.ids), heads, 64).to(dtype) for heads in (8, 2, 2)]
     weights = torch.randn(len(row.ids), 8, 64)
     double = [x.double().requires_grad_() for x in inputs]
     there = [x.to(GPU).requires_grad_() for x in inputs]
-    expected = attention.PackedAttention(row.labels, rule)(0, *double)
-    got = attention.PackedAttention(data.to_device(row.labels, GPU), rule)(0, *there)
+    expected = attention.PackedAttention(row.labels, rule)(*double)
+    attend = attention.PackedAttention(data.to_device(row.labels, GPU), rule)
+    got = torch.compile(lambda q, k, v: attend(q, k, v))(*there)
     (expected * weights).sum().backward()
     (got * weights.to(GPU)).sum().backward()
     for a, b in zip([got, *(x.grad for x in there)], [expected, *(x.grad for x in double)]):
@@ -133,43 +204,91 @@ def test_attention(name, rule, dtype, tolerance):
 def test_no_recompilation(data, tmp_path, monkeypatch):
     """200 steps on rows of ever new lengths compile and record nothing after the third."""
     from torch._dynamo.utils import counters
+
     checkpoint = tmp_path / "checkpoint"
     checkpoint.mkdir()
     config = {"model_type": "qwen3", "tie_word_embeddings": True, "rms_norm_eps": 1e-6} | {
-        key: getattr(CONFIG, key) for key in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-                                              "num_attention_heads", "num_key_value_heads", "head_dim")}
+        key: getattr(CONFIG, key)
+        for key in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+        )
+    }
     (checkpoint / "config.json").write_text(json.dumps(config))
-    model = Model(CONFIG).initialize(torch.Generator().manual_seed(1))
-    runs.write_tensors(checkpoint / "model.safetensors", {hf_name(n): p for n, p in model.named_parameters()})
+    model = demo.initialize(Model(CONFIG), torch.Generator().manual_seed(1), 0.02)
+    write_tensors(
+        checkpoint / "model.safetensors", {hf_name(n): p for n, p in model.named_parameters()}
+    )
     demo.write_tokenizer(checkpoint)
     lines = data.read_text().splitlines()
     many, rng = tmp_path / "many.jsonl", random.Random(1)
-    many.write_text("\n".join(json.dumps(json.loads(rng.choice(lines)) | {"problem": "1+" * rng.randint(1, 40)}) for _ in range(300)))
+    many.write_text(
+        "\n".join(
+            json.dumps(json.loads(rng.choice(lines)) | {"problem": "1+" * rng.randint(1, 40)})
+            for _ in range(300)
+        )
+    )
     graphs, recorded, real = [], [], trainer.learning_rate
     watch = lambda *a: graphs.append(counters["stats"]["unique_graphs"]) or real(*a)
     monkeypatch.setattr(trainer, "learning_rate", watch)
-    init = graphs_module._Graphs.__init__
-    monkeypatch.setattr(graphs_module._Graphs, "__init__", lambda *a: recorded.append(len(graphs)) or init(*a))
-    monkeypatch.setattr("sys.argv", ["train_phase1.py", "--step", "encoder", "--model", str(checkpoint), "--data", str(many),
-                                     "--out", str(tmp_path / "out"), "--max-steps", "200", "--batch-size", "24", "--row-tokens", "2000",
-                                     "--lora-rank", "16", "--device", "cuda"])
-    with pytest.raises(SystemExit) as stop:
-        runs.run_main(train_phase1.main)
-    assert stop.value.code == 0 and len(graphs) == 200 and graphs[0] > 0
-    print("compiled by the end of steps 1, 2, 3 and 200:", *graphs[:3], graphs[-1], "recorded at steps", *recorded)
+    init = attention.RecordedRow.__init__
+    monkeypatch.setattr(
+        attention.RecordedRow, "__init__", lambda *a: recorded.append(len(graphs)) or init(*a)
+    )
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "train_phase1.py",
+            "--steps",
+            "encoder",
+            "--model",
+            str(checkpoint),
+            "--data",
+            str(many),
+            "--out",
+            str(tmp_path / "out"),
+            "--max-steps",
+            "200",
+            "--batch-size",
+            "24",
+            "--row-tokens",
+            "2000",
+            "--lora-rank",
+            "16",
+            "--device",
+            "cuda",
+        ],
+    )
+    train_phase1.main()
+    assert len(graphs) == 200 and graphs[1] > 0
+    print(
+        "compiled by the end of steps 1, 2, 3 and 200:",
+        *graphs[:3],
+        graphs[-1],
+        "recorded at steps",
+        *recorded,
+    )
     assert graphs[-1] == graphs[2] and len(recorded) == 2
 
 
 def test_cached_latents():
     """Recorded rows of one size make the latents that a CPU makes, shard after shard."""
-    encoder, k = task_of(1, 10).encoder.eval(), 10
+    encoder = task_of(1, 10).encoder.eval()
     examples = random_examples(60)
-    expected = encode(encoder, examples, 3, k, 4096, torch.device("cpu"))
+    expected = encode(encoder, examples, 4096, torch.device("cpu"))
     there = copy.deepcopy(encoder).to(GPU)
-    there.model.graphs = {}
-    shape = data.row_shape([data.num_tokens("encoder", e, 3) for e in examples], 20, 4096)
-    got = [alpha for first in range(0, 60, 20) for alpha in encode(there, examples[first:first + 20], 3, k, 4096, GPU, shape)]
-    assert len(there.model.graphs) == 1
+    there.run = Runner(there.model)
+    there.model.compile_layers()
+    got = [
+        alpha
+        for first in range(0, 60, 20)
+        for alpha in encode(there, examples[first : first + 20], 4096, GPU)
+    ]
     for (probs, ids), (expected_probs, expected_ids) in zip(got, expected, strict=True):
         assert torch.equal(ids, expected_ids)
         torch.testing.assert_close(probs, expected_probs, atol=2e-3, rtol=0)
@@ -178,10 +297,24 @@ def test_cached_latents():
 @pytest.mark.parametrize("size", [1, 5])
 def test_sampler(size):
     """Thoughts and answers of the recorded step, in float32, with rows that are refilled, are those of the CPU."""
-    model = Model(CONFIG).initialize(torch.Generator().manual_seed(1), std=0.04)  # livelier ones tell float32 from float64
+    # livelier weights tell float32 from float64
+    model = demo.initialize(Model(CONFIG), torch.Generator().manual_seed(1), 0.04)
     rng = random.Random(1)
     prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 200))] for _ in range(13)]
-    for settings in (Sampling("latent", 10, 40, 9, temperature=0), Sampling("latent", 0, 5, 9), Sampling("text", max_new_tokens=30)):
-        expected, got = (Sampler(m, [3, 4], 7, settings, size).generate(prompts) for m in (model, copy.deepcopy(model).to(GPU)))
+
+    def params(thinking, **more):
+        return SamplingParams(model="", thinking=thinking, **more)
+
+    for settings in (
+        params("latent", top_k=10, max_latents=40, max_new_tokens=9, temperature=0.0),
+        params("latent", top_k=0, max_latents=5, max_new_tokens=9),
+        params("text", top_k=10, max_new_tokens=30),
+        params("latent", top_k=10, max_latents=9, max_new_tokens=9, noise=1.0),
+    ):
+        models = (model, copy.deepcopy(model).to(GPU))
+        expected, got = (Sampler(m, [3, 4], 7, settings, size).generate(prompts) for m in models)
         assert [r.tokens for r in got] == [r.tokens for r in expected]
-        assert all(torch.equal(a.ids, b.ids) and torch.allclose(a.probs, b.probs, atol=1e-4) for a, b in zip(got, expected))
+        assert all(
+            torch.equal(a.ids, b.ids) and torch.allclose(a.probs, b.probs, atol=1e-4)
+            for a, b in zip(got, expected)
+        )

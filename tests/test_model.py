@@ -8,24 +8,35 @@ from safetensors.torch import load_file, save_file
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from itertools import repeat
+
 from attention import KVCache, PackedAttention
+from experiments import demo
 from conftest import VOCAB, hf_model
 import load_hf_weights
 from load_hf_weights import load_checkpoint, load_model, save_checkpoint
 import masks
-from runs import UserError
+from lib.errors import UserError
+import lora
 
 KINDS = [(kind, tied) for kind in ("llama", "qwen2", "qwen3") for tied in (True, False)]
 
 
 def labels_of(lengths) -> masks.Labels:
     document = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-    return masks.Labels(document, torch.zeros_like(document), torch.zeros_like(document), len(lengths), max(lengths))
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    zero = torch.zeros_like(document)
+    return masks.Labels(document, zero, zero, starts, max(lengths))
+
+
+def hidden_states(model, ids, lengths, adapter=None):
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    attend = repeat(PackedAttention(labels_of(lengths)))
+    return model(model.embed_tokens(ids), positions, attend, lora.projections(adapter))
 
 
 def logits_of(model, ids, lengths):
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    return model(model.embed_tokens(ids), positions, PackedAttention(labels_of(lengths))) @ model.head.T
+    return hidden_states(model, ids, lengths) @ model.head.T
 
 
 @pytest.mark.parametrize("kind,tied", KINDS)
@@ -45,16 +56,25 @@ def test_incremental_decoding(checkpoint, kind, tied):
     """Two sequences, of which one pauses, read token by token from a cache with a spare row."""
     model = load_checkpoint(checkpoint(kind, tied))
     hf = AutoModelForCausalLM.from_pretrained(checkpoint(kind, tied))
-    sequences = [torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 14)]
-    cache = KVCache(model.config, 3, 20, "cpu", torch.float32)
+    sequences = [
+        torch.randint(VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (9, 14)
+    ]
+    cache = KVCache(model.config, 3, 128, "cpu", torch.float32)
     read = [3, 6]
-    prompt, positions = torch.cat([s[:n] for s, n in zip(sequences, read)]), torch.cat([torch.arange(n) for n in read])
-    h = model(model.embed_tokens(prompt), positions, cache.prefill(torch.tensor([2, 0]), labels_of(read), positions))
+    prompt, positions = (
+        torch.cat([s[:n] for s, n in zip(sequences, read)]),
+        torch.cat([torch.arange(n) for n in read]),
+    )
+    h = model(
+        model.embed_tokens(prompt),
+        positions,
+        cache.prefill(torch.tensor([2, 0]), labels_of(read), positions),
+    )
     got = [list(x @ model.head.T) for x in h.split(read)]
     for step in range(12):
         active = torch.tensor([read[1] < 14, False, read[0] < 9 and step != 2])
         token = torch.tensor([sequences[1][min(read[1], 13)], 0, sequences[0][min(read[0], 8)]])
-        h = model(model.embed_tokens(token), cache.lengths.clone(), cache.decode(active, 20))
+        h = model(model.embed_tokens(token), cache.lengths.clone(), cache.decode(active))
         for i, row in ((0, 2), (1, 0)):
             if active[row]:
                 got[i].append(h[row] @ model.head.T)
@@ -66,20 +86,33 @@ def test_incremental_decoding(checkpoint, kind, tied):
 
 @pytest.mark.parametrize("kind,tied", KINDS)
 @torch.no_grad()
-def test_round_trip_through_export(checkpoint, tmp_path, monkeypatch, kind, tied):
-    monkeypatch.setattr(load_hf_weights, "SHARD_BYTES", 40_000)  # several shards
+def test_round_trip_through_export(checkpoint, tmp_path, kind, tied):
     source = checkpoint(kind, tied)
     model = load_checkpoint(source)
-    save_checkpoint(model, source, tmp_path / "out", {"thinking": "text", "top_k": 3, "compression": 2})
-    assert len({file.stat().st_mode for file in (tmp_path / "out").iterdir() if file.name in ("config.json", "model.safetensors")}) == 1
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 2
+    save_checkpoint(model, source, tmp_path / "out", load_hf_weights.Reasoning("text", 3, 2))
+    assert (
+        len(
+            {
+                file.stat().st_mode
+                for file in (tmp_path / "out").iterdir()
+                if file.name in ("config.json", "model.safetensors")
+            }
+        )
+        == 1
+    )
     ids = torch.arange(30)
     hf = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert hf.config.tie_word_embeddings == tied
-    torch.testing.assert_close(logits_of(model, ids, [30]), hf(ids[None]).logits[0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        logits_of(model, ids, [30]), hf(ids[None]).logits[0], atol=1e-5, rtol=0
+    )
     again, tokenizer, reasons = load_model(tmp_path / "out")
     assert torch.equal(logits_of(again, ids, [30]), logits_of(model, ids, [30]))
-    assert reasons["top_k"] == 3 and (tmp_path / "out" / "tokenizer.json").read_bytes() == (source / "tokenizer.json").read_bytes()
+    assert (
+        reasons.top_k == 3
+        and (tmp_path / "out" / "tokenizer.json").read_bytes()
+        == (source / "tokenizer.json").read_bytes()
+    )
 
 
 def test_old_and_new_rope_fields(checkpoint, tmp_path):
@@ -91,7 +124,10 @@ def test_old_and_new_rope_fields(checkpoint, tmp_path):
     scaling["type"] = scaling["rope_type"]
     old["rope_scaling"] = scaling
     (tmp_path / "config.json").write_text(json.dumps(old))
-    frequencies = [load_hf_weights.rotary_frequencies(load_hf_weights.read_config(d)) for d in (checkpoint(), tmp_path)]
+    frequencies = [
+        load_hf_weights.rotary_frequencies(load_hf_weights.read_config(d))
+        for d in (checkpoint(), tmp_path)
+    ]
     assert torch.equal(*frequencies)
     assert AutoConfig.from_pretrained(tmp_path).rope_parameters["factor"] == 8.0
 
@@ -109,11 +145,23 @@ def change_tensors(directory, change):
     save_file(tensors, directory / "model.safetensors")
 
 
-@pytest.mark.parametrize("change,words", [
-    (lambda t: t.pop("model.layers.1.mlp.up_proj.weight"), ["model.layers.1.mlp.up_proj.weight", "missing"]),
-    (lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.ones(1)}), ["model.layers.7.mlp.up_proj.weight", "extra"]),
-    (lambda t: t.update({"model.norm.weight": torch.ones(31)}), ["model.norm.weight", "misshapen", "[31]", "[32]"]),
-])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        (
+            lambda t: t.pop("model.layers.1.mlp.up_proj.weight"),
+            ["model.layers.1.mlp.up_proj.weight", "missing"],
+        ),
+        (
+            lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.ones(1)}),
+            ["model.layers.7.mlp.up_proj.weight", "no such tensor"],
+        ),
+        (
+            lambda t: t.update({"model.norm.weight": torch.ones(31)}),
+            ["model.norm.weight", "[31]", "[32]"],
+        ),
+    ],
+)
 def test_wrong_tensors_are_named(broken, change, words):
     change_tensors(broken, change)
     with pytest.raises(UserError) as e:
@@ -124,15 +172,18 @@ def test_wrong_tensors_are_named(broken, change, words):
 def test_truncated_file(broken):
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(UserError, match="model.safetensors: not a whole safetensors file"):
+    with pytest.raises(UserError, match="model.safetensors: cannot be read"):
         load_checkpoint(broken)
 
 
-@pytest.mark.parametrize("change,words", [
-    ({"model_type": "mamba"}, "the architecture 'mamba' is not supported"),
-    ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope scaling 'yarn'"),
-    ({"use_sliding_window": True}, "use_sliding_window"),
-])
+@pytest.mark.parametrize(
+    "change,words",
+    [
+        ({"model_type": "mamba"}, "model_type = 'mamba' is not supported"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope_type = 'yarn'"),
+        ({"use_sliding_window": True}, "use_sliding_window"),
+    ],
+)
 def test_unsupported_configs_are_refused(broken, change, words):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps(config | change))
@@ -142,11 +193,17 @@ def test_unsupported_configs_are_refused(broken, change, words):
 
 def test_a_missing_shard_is_named(broken):
     (broken / "model.safetensors").unlink()
-    (broken / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}')
-    with pytest.raises(UserError, match="model-00001-of-00002.safetensors: no such file"):
+    (broken / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"model.norm.weight": "model-00001-of-00002.safetensors"}}'
+    )
+    with pytest.raises(
+        UserError, match="model-00001-of-00002.safetensors: cannot be read .*No such file"
+    ):
         load_checkpoint(broken)
-    (broken / "model.safetensors.index.json").write_text('{"weight_map": ["model-00001-of-00002.safetensors"]}')
-    with pytest.raises(UserError, match="index.json: has no weight_map"):
+    (broken / "model.safetensors.index.json").write_text(
+        '{"weight_map": ["model-00001-of-00002.safetensors"]}'
+    )
+    with pytest.raises(UserError, match="index.json: cannot be read"):
         load_checkpoint(broken)
 
 
@@ -155,8 +212,40 @@ def test_initialize_is_seeded_and_leaves_nothing_as_it_was():
     stale = load_hf_weights.Model(config)
     for p in stale.parameters():
         p.data.fill_(torch.nan)
-    stale.initialize(torch.Generator().manual_seed(1))
+    demo.initialize(stale, torch.Generator().manual_seed(1), 0.02)
     assert all(p.isfinite().all() for p in stale.parameters()) and (stale.norm.weight == 1).all()
-    a, b, c = (load_hf_weights.Model(config).initialize(torch.Generator().manual_seed(s)) for s in (1, 1, 2))
-    assert torch.equal(a.embed_tokens.weight, b.embed_tokens.weight) and not torch.equal(a.embed_tokens.weight, c.embed_tokens.weight)
+    a, b, c = (
+        demo.initialize(load_hf_weights.Model(config), torch.Generator().manual_seed(s), 0.02)
+        for s in (1, 1, 2)
+    )
+    assert torch.equal(a.embed_tokens.weight, b.embed_tokens.weight) and not torch.equal(
+        a.embed_tokens.weight, c.embed_tokens.weight
+    )
     assert hf_model("llama", True).config.num_hidden_layers == 2
+
+
+@torch.no_grad()
+def test_sharded_checkpoints_load(checkpoint, tmp_path):
+    hf = AutoModelForCausalLM.from_pretrained(checkpoint("qwen2", False))
+    hf.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    ids = torch.arange(30)
+    torch.testing.assert_close(
+        logits_of(load_checkpoint(tmp_path), ids, [30]), hf(ids[None]).logits[0], atol=1e-5, rtol=0
+    )
+
+
+def test_weights_that_are_no_numbers_are_refused(broken):
+    """NaN, infinity, and dtypes that no model has. The tensor and the file are named."""
+    name = "model.layers.0.mlp.up_proj.weight"
+    shape = load_file(broken / "model.safetensors")[name].shape
+    for value in (
+        torch.full(shape, torch.nan),
+        torch.full(shape, -torch.inf),
+        torch.ones(shape, dtype=torch.int8),
+        torch.ones(shape, dtype=torch.complex64),
+        torch.ones(shape).to(torch.float8_e4m3fn),
+    ):
+        change_tensors(broken, lambda t: t.update({name: value}))
+        with pytest.raises(UserError, match=f"model.safetensors: {name} is {value.dtype} or holds"):
+            load_checkpoint(broken)

@@ -1,53 +1,81 @@
 """What a GPU adds to packed rows, as far as a CPU can show it: FlexAttention's blocks, filler, compilation, recomputation."""
 
-from dataclasses import replace
-import functools
 import math
 import random
 
 import pytest
 import torch
-from torch.nn.attention.flex_attention import flex_attention
 
 import attention
-from attention import PackedAttention
+from attention import PackedAttention, Runner
 import data
+from experiments import demo
 import latents
+from load_hf_weights import Reasoning
 import lora
 import masks
 from model import Config, Model
-import model as model_module
+from test_training import phase2_settings
 from train_phase1 import Encoder, Phase1
 from train_phase2 import LatentExample, Phase2
 
-CONFIG = Config(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=16, tie_word_embeddings=True)
+CONFIG = Config(
+    vocab_size=300,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    tie_word_embeddings=True,
+)
 RULES = [("latent", masks.causal), ("encoder", masks.induction), ("decoder", masks.supervision)]
 
 
 def random_examples(count: int, seed: int, k: int = 5) -> list[LatentExample]:
     rng = random.Random(seed)
     ids = lambda n: [rng.randrange(300) for _ in range(n)]
-    plain = [data.Example(ids(rng.randint(3, 40)), ids(rng.randint(1, 90)), [5, 6], ids(rng.randint(2, 20))) for _ in range(count)]
+    plain = [
+        data.Example(
+            ids(rng.randint(3, 40)), ids(rng.randint(1, 90)), [5, 6], ids(rng.randint(2, 20))
+        )
+        for _ in range(count)
+    ]
     alpha = lambda n: dict(probs=torch.rand(n, k).softmax(-1), ids=torch.randint(300, (n, k)))
     return [LatentExample(**vars(e), **alpha(data.num_latents(e, 3))) for e in plain]
 
 
 def task_of(phase: int, dropout: float = 0.0):
     torch.manual_seed(0)
-    model = Model(CONFIG).requires_grad_(False).initialize(torch.Generator().manual_seed(1), std=0.1)
+    model = demo.initialize(
+        Model(CONFIG).requires_grad_(False), torch.Generator().manual_seed(1), 0.1
+    )
     for name in ("encoder", "decoder", "student"):
         lora.add_adapter(model, name, 4, 8, dropout)
         for p in lora.adapter_parameters(model, name).values():
             p.data.normal_(0, 0.1)
-    return Phase1(Encoder(model), 3, 5, ("encoder", "decoder")) if phase == 1 else Phase2(model, 3)
+    run = Runner(model)
+    if phase == 1:
+        return Phase1(run, Encoder(run, 3, 5), ("encoder", "decoder"))
+    return Phase2(run, phase2_settings(), Reasoning("latent", 5, 3), 0)
+
+
+def shape_of(*rows):
+    """A shape that holds the rows, with filler."""
+    tokens = max(len(row.ids) for row in rows)
+    count, longest = (
+        max(f(row) for row in rows)
+        for f in (lambda r: len(r.labels.starts), lambda r: r.labels.longest)
+    )
+    return data.RowShape(
+        -(-tokens // attention.BLOCK) * attention.BLOCK, count, count + 50, max(longest, 64)
+    )
 
 
 def padded(rows, shape=None):
     """The rows of a task, with filler."""
-    if isinstance(rows, data.Row):
-        return data.padded(rows, shape)
-    return replace(rows, **{name: padded(x, shape) for name, x in vars(rows).items() if isinstance(x, data.Row)})
+    inner = [x for x in vars(rows).values() if isinstance(x, data.PackedBatch)]
+    return data.to_device(rows, torch.device("cpu"), shape or shape_of(*inner))
 
 
 def loss_and_gradients(task, rows):
@@ -55,7 +83,9 @@ def loss_and_gradients(task, rows):
     task.zero_grad(set_to_none=True)
     loss = sum(task(rows).values())
     loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        n: p.grad.clone() for n, p in task.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize("name,rule", RULES)
@@ -63,30 +93,50 @@ def loss_and_gradients(task, rows):
 def test_flex_attention(name, rule):
     """FlexAttention, told only which blocks to look at and the rule, gives what SDPA gives for each document by itself."""
     for seed in range(5):
-        row = data.padded(data.pack_row(name, random_examples(9, seed), 3))
+        row = data.pack_examples(name, random_examples(9, seed), 3)
+        row = data.pad(row, shape_of(row))
         T = len(row.ids)
         q, k, v = (torch.randn(T, heads, 16) for heads in (4, 2, 2))
         attend = PackedAttention(row.labels, rule)
-        torch.testing.assert_close(attend._flex(q, k, v), attend._side_by_side(q, k, v), atol=1e-5, rtol=0)
+        attend.block_mask = attend._block_mask()
+        torch.testing.assert_close(
+            attend._flex(q, k, v), attend._by_length(q, k, v), atol=1e-5, rtol=0
+        )
         blocks = attend.block_mask.kv_num_blocks.sum()
-        assert T >= 4 * attention.BLOCK and blocks < (T // attention.BLOCK) * (T // attention.BLOCK + 1) / 2  # fewer than causal
+        assert (
+            T >= 4 * attention.BLOCK
+            and blocks < (T // attention.BLOCK) * (T // attention.BLOCK + 1) / 2
+        )  # fewer than causal
 
 
 @torch.no_grad()
 def test_flex_attention_on_a_cache():
     """A GPU's decoding, which looks at the blocks that a row has filled, gives what SDPA gives."""
-    cache = attention.KVCache(CONFIG, 5, 3 * attention.BLOCK, "cpu", torch.float32)
-    position = torch.tensor([0, 5, attention.BLOCK - 1, attention.BLOCK, 3 * attention.BLOCK - 1])
-    q, k, v = torch.randn(5, 2, 2, 16), *torch.randn(2, 5, 2, 3 * attention.BLOCK, 16)
-    torch.testing.assert_close(cache._attend_blocks(position)(q, k, v), cache._attend_all(position, 3 * attention.BLOCK)(q, k, v), atol=1e-5, rtol=0)
+    length, cache = (
+        3 * attention.BLOCK,
+        attention.KVCache(CONFIG, 5, 3 * attention.BLOCK, "cpu", torch.float32),
+    )
+    position = torch.tensor([0, 5, attention.BLOCK - 1, attention.BLOCK, length - 1])
+    torch.manual_seed(0)
+    q, k, v = torch.randn(5, 4, 16), *torch.randn(2, 5, 2, 16)
+    cache.kv.normal_()
+    cache.lengths.copy_(position)
+    dense = cache.decode(torch.tensor([True, True, False, True, True]))[1]
+    assert cache.lengths.tolist() == (position + torch.tensor([1, 1, 0, 1, 1])).tolist()
+    blocks = attention.CachedAttention(cache.kv[1], position, cache.block_mask(position))
+    torch.testing.assert_close(dense(q, k, v), blocks(q, k, v), atol=1e-5, rtol=0)
+    assert torch.equal(cache.kv[1, 0, 2, :, position[2]], k[2])
 
 
 def test_documents_for_flash_attention():
-    row = data.pack_row("cot", random_examples(3, 1))
+    row = data.pack_examples("cot", random_examples(3, 1))
     lengths = torch.bincount(row.labels.document).tolist()
     shape = data.RowShape(2 * len(row.ids), 3, 9, row.labels.longest)
-    full = data.padded(row, shape)
-    starts = PackedAttention(full.labels).cu_seqlens
+    full = data.pad(row, shape)
+    starts = full.labels.starts
+    assert torch.equal(
+        torch.bincount(full.labels.document), starts.diff()[: full.labels.document[-1] + 1]
+    )
     assert len(starts) == 10 and starts.diff()[:3].tolist() == lengths
     assert starts[-1] == len(full.ids) and int(starts.diff().max()) <= shape.longest
 
@@ -96,13 +146,16 @@ def test_row_shape_holds_what_is_packed():
     for _ in range(100):
         lengths = [rng.randint(2, rng.choice([10, 300])) for _ in range(60)]
         budget = rng.randint(max(lengths), 2000)
-        shape = data.row_shape(lengths, 20, budget)
+        shape = data.row_shape(lengths, 20, budget, torch.device("cuda"))
         assert shape.tokens % attention.BLOCK == 0 and shape.tokens < budget + attention.BLOCK
-        for indices in data.pack(lengths[:20], shape.tokens, most=shape.examples):
+        for indices in data.distribute(lengths[:20], 1, shape.tokens, shape.examples):
             assert len(indices) <= shape.examples
             filler = shape.tokens - sum(lengths[i] for i in indices)
             assert filler >= 0 and max(lengths[i] for i in indices) <= shape.longest
-            for shorter in (1, rng.random()):  # of a row's two layouts one may be far shorter than what was packed by
+            for shorter in (
+                1,
+                rng.random(),
+            ):  # of a row's two layouts one may be far shorter than what was packed by
                 filler = shape.tokens - sum(math.ceil(shorter * lengths[i]) for i in indices)
                 assert len(indices) + -(-filler // shape.longest) <= shape.documents
 
@@ -110,7 +163,7 @@ def test_row_shape_holds_what_is_packed():
 @pytest.mark.parametrize("phase", [1, 2])
 def test_filler_counts_for_nothing(phase):
     task = task_of(phase)
-    rows = task.row(random_examples(6, 3))
+    rows = task.pack(random_examples(6, 3))
     expected, gradients = loss_and_gradients(task, rows)
     for shape in (None, data.RowShape(1024, 6, 60, 140)):
         loss, with_filler = loss_and_gradients(task, padded(rows, shape))
@@ -125,7 +178,7 @@ def test_computed_in_the_precision_of_the_model(phase):
     examples, losses = random_examples(6, 5), []
     for dtype in (torch.float32, torch.float64):
         task = task_of(phase).to(dtype)
-        losses.append(task(task.row(examples)))
+        losses.append(task(task.pack(examples)))
     for key, loss in losses[1].items():
         assert loss.dtype == torch.float64
         torch.testing.assert_close(losses[0][key].double(), loss, atol=0, rtol=1e-5)
@@ -135,9 +188,9 @@ def test_computed_in_the_precision_of_the_model(phase):
 def test_checkpointed_activations(phase):
     """Layers computed again in backward, with the dropout of the first time."""
     task = task_of(phase, dropout=0.3).train()
-    rows = task.row(random_examples(6, 4))
+    rows = task.pack(random_examples(6, 4))
     expected, gradients = loss_and_gradients(task, rows)
-    task.model.checkpoint_activations = True
+    task.run.recompute = True
     loss, again = loss_and_gradients(task, rows)
     assert loss == expected and all(torch.equal(again[n], gradients[n]) for n in gradients)
 
@@ -146,26 +199,38 @@ def test_no_logits_are_kept():
     """Neither loss keeps the logits of all rows for backward, whatever the head."""
     h, head = torch.randn(40, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: kept.append(x.numel()) or x, lambda x: x
+    ):
         latents.cross_entropy(h, head, torch.randint(500, (40,)))
-        latents.kl_divergence(h, head, torch.rand(40, 3), torch.randint(500, (40, 3)), torch.rand(40))
+        latents.kl_divergence(
+            h, head, torch.rand(40, 3), torch.randint(500, (40, 3)), torch.rand(40)
+        )
     assert kept and max(kept) <= head.numel() < 40 * 500
 
 
 def test_nothing_is_compiled_anew(monkeypatch):
-    """The regions that a GPU compiles, traced here: rows of ever new lengths need nothing new after the third step."""
+    """The layers that a GPU compiles, traced here as a whole: rows of one shape need nothing new after the first step."""
     from torch._dynamo.utils import counters
+
     torch._dynamo.reset()
-    compiled = functools.cache(lambda f: torch.compile(f, backend="eager"))
-    monkeypatch.setattr(lora, "_random_mask", lambda x, p: torch.rand_like(x) < p)
-    for module in (model_module, latents):
-        monkeypatch.setattr(module, "fused", lambda f, x: compiled(f))
-    monkeypatch.setattr(attention, "fused", lambda f, x: compiled(f) if f is flex_attention else f)
-    monkeypatch.setattr(PackedAttention, "__call__", lambda self, layer, q, k, v: self._flex(q, k, v).detach() + 0 * q)
+    counters.clear()
+    flex = PackedAttention._flex
+
+    def init(self, labels, rule=masks.causal):
+        self.labels, self.rule = labels, rule
+        self.block_mask = self._block_mask()
+
+    monkeypatch.setattr(PackedAttention, "__init__", init)
+    monkeypatch.setattr(
+        PackedAttention, "__call__", lambda self, q, k, v: flex(self, q, k, v).detach() + 0 * q
+    )
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *a: None)
     task, graphs = task_of(1, dropout=0.1).train(), []
-    for step in range(8):
-        loss_and_gradients(task, padded(task.row(random_examples(4 + step % 5, step))))
+    task.model.compile_layers(backend="eager", fullgraph=True)
+    for step in range(6):
+        shape = data.RowShape(2048, 20, 60, 200)
+        loss_and_gradients(task, padded(task.pack(random_examples(4 + step % 5, step)), shape))
         graphs.append(counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
-    assert graphs[0] >= 5 and graphs[2] == graphs[-1]
+    assert graphs[0] == graphs[-1] == 3  # the layer with each adapter, and the last norm

@@ -1,0 +1,86 @@
+"""Multiplication: half the chain where every chain is a function of its problem (arXiv 2405.14838).
+
+    python -m experiments.multiplication --model SmolLM2-135M-Instruct --data DIR --out runs/mult
+
+DIR holds the published multiplication-4x4-test.jsonl (and 5x5). Digits are reversed. The chain is
+the partial products, and in brackets the running sum after each except the first and the last.
+Training data is generated, without the test problems. Writes OUT/results.json.
+"""
+
+import lib.errors  # noqa: F401  from here on an error is one line
+
+from dataclasses import dataclass
+import json
+from pathlib import Path
+import random
+
+from experiments.pipeline import TaskSettings, begin
+from lib.cli import parse
+from lib.files import read_jsonl, write_text
+
+BOTH = dict(lr=5e-4, batch_size=128, row_tokens=17408)
+EVAL = dict(temperature=0, max_latents=128, max_new_tokens=160, batch_size=512)
+ARMS = ("free", "random", "other", "argmax", "cut-4")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(TaskSettings):
+    digits: int = 4  # of each factor
+    problems: int = 131072  # to train on
+    rates: tuple[int, ...] = (2, 4)  # compression rates
+    scale: float = 1.0  # of all numbers of steps
+
+
+def line(a, b, n):
+    """The line of JSONL for two numbers of n digits."""
+    text, total, steps = str(a)[::-1].ljust(n, "0"), 0, []
+    for i, digit in enumerate(str(b).zfill(n)[::-1]):
+        product = a * int(digit) * 10**i
+        total += product
+        steps.append(str(product).zfill(n + i + 1)[::-1])
+        if 0 < i < n - 1:
+            steps[-1] += f"({str(total).zfill(n + i + 1)[::-1]})"
+    answer = str(total).zfill(2 * n)[::-1]
+    problem = f"{text}*{str(b)[::-1].ljust(n, '0')}"
+    box = f"\\boxed{{{answer}}}"
+    return {"problem": problem, "cot": "+".join(steps), "cot_answer": box, "answer": answer}
+
+
+def write_train(path, tests, s):
+    rng, n, lines = random.Random(s.seed), s.digits, {}
+    known = {row["problem"] for row in read_jsonl(tests)}
+    while len(lines) < (16 if s.smoke else s.problems):
+        row = line(*(rng.randrange(10 ** (n - 1), 10**n) for _ in range(2)), n)
+        if row["problem"] not in known:
+            lines[row["problem"]] = json.dumps(row) + "\n"
+    write_text(path, "".join(lines.values()))
+
+
+def main():
+    s = parse(Settings, __doc__)
+    name = f"multiplication-{s.digits}x{s.digits}"
+    directory, run = begin(s, name)
+    with directory as out:
+        tests = [out / f"{name}-test.jsonl"]
+        lines = (Path(s.data) / tests[0].name).read_text().splitlines(True)
+        write_text(tests[0], "".join(lines[: 4 if s.smoke else None]))
+        if not (out / "train.jsonl").exists():
+            write_train(out / "train.jsonl", Path(s.data) / tests[0].name, s)
+        files, steps = {"data": out / "train.jsonl"}, lambda n: {"max_steps": int(n * s.scale)}
+        sft = dict(BOTH, model=s.model, **files)
+        cot = run.train("train_sft.py", "cot", **sft, **steps(500))
+        run.rows("CoT-SFT", cot, tests, **EVAL)
+        for r in s.rates:
+            many = [int(n * s.scale) for n in (100, 100, 1000)]
+            phase1 = dict(BOTH, compression=r, warmup=0.1, max_steps=many, w_segment=1)
+            phase2 = dict(BOTH, all_weights=True, scheduled_sampling=0.5, keep=3, **steps(4000))
+            latent = run.latent(f"latent-r{r}", cot, phase1, phase2, **files)
+            for kept in sorted(latent.glob("step-*")):
+                run.rows(f"Latent r = {r}, {kept.name}", kept, tests, **EVAL)
+            run.rows(f"Latent r = {r}", latent, tests, ARMS, **EVAL)
+        direct = run.train("train_sft.py", "answer-only", no_chain=True, **sft, **steps(500))
+        run.rows("answer-only", direct, tests, **EVAL)
+
+
+if __name__ == "__main__":
+    main()

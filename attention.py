@@ -10,7 +10,7 @@ No step does work for the square of a packed row.
 
 from collections import defaultdict
 from copy import deepcopy
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 import inspect
 from itertools import repeat
 
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from lora import projections
+from lora import project
 from masks import causal, earlier
 
 BLOCK = 128  # tokens: FlexAttention masks blocks of [BLOCK queries, BLOCK keys]
@@ -127,8 +127,8 @@ class Runner:
 
     def run(self, inputs_embeds, row, rule, adapter):
         attend = repeat(PackedAttention(row.labels, rule))
-        project = projections(adapter)
-        return self.model(inputs_embeds, row.position_ids, attend, project, self.recompute)
+        projected = partial(project, adapter=adapter)
+        return self.model(inputs_embeds, row.position_ids, attend, projected, self.recompute)
 
 
 class RecordedRow(nn.Module):
@@ -173,11 +173,6 @@ class KVCache:
         self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens read so far
         blocks = torch.arange(length // BLOCK, dtype=torch.int32, device=device)
         self.blocks = blocks.repeat(rows, 1, 1, 1)
-
-    @staticmethod
-    def bytes_per_row(config, length, dtype):
-        numbers = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-        return numbers * length * dtype.itemsize
 
     def prefill(self, rows, labels, position_ids):
         """Attention of each layer for packed prompts: document i goes to cache row rows[i]."""

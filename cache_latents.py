@@ -58,8 +58,8 @@ def encode(encoder, examples, row_tokens, device):
     lengths = [num_tokens("encoder", e, r) for e in examples]
     shape = row_shape(lengths, len(examples), row_tokens, device)
     for group in distribute(lengths, 1, shape.tokens, shape.examples):
-        row = pack_examples("encoder", [examples[i] for i in group], r)
-        probs, ids, _ = encoder(to_device(row, device, shape))
+        row = pack_examples("encoder", [examples[i] for i in group], r, shape)
+        probs, ids, _ = encoder(to_device(row, device))
         sizes = [num_latents(examples[i], r) for i in group]
         ids = [None] * len(group) if ids is None else ids.int().cpu().split(sizes)
         for i, *alpha in zip(group, probs.half().cpu().split(sizes), ids):
@@ -101,8 +101,6 @@ def main():
     examples = load_examples(s.data, tokenizer, process.say)
     made_from = identity(s.phase1, s.data, len(examples))
     with output_directory(s.out, s, **made_from) as out:
-        if (out / "cache.json").exists():
-            return process.say(f"{out}: is finished already")
         process.say(f"{out}: latents of {len(examples)} examples, on {process.device}")
         numbers = range(process.rank, -(-len(examples) // SHARD), process.world)
         for number in tqdm(numbers, desc=out.name, disable=not process.main):
@@ -114,8 +112,7 @@ def main():
                 tensors = dict(zip(("probs", "ids"), concatenate(cached)), sizes=sizes)
                 write_tensors(path, {k: x for k, x in tensors.items() if x is not None})
         barrier()
-        if process.main:
-            write_json(out / "cache.json", made_from)
+        write_json(out / "cache.json", made_from)
 
 
 if __name__ == "__main__":

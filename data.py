@@ -1,6 +1,6 @@
 """JSONL line -> Example -> layout -> packed row. The layouts are the table in docs/METHOD.md."""
 
-from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass
 import heapq
 
 import numpy as np
@@ -16,12 +16,16 @@ from masks import ANSWER, LATENT, PROMPT, TEXT, Labels, dual_track_positions
 
 @dataclass
 class Example:
-    """Token ids of one example. `prompt` is Q <think>, `answer` ends with the end-of-turn token."""
+    """Token ids of one example. `prompt` is Q <think>, `answer` ends with the end-of-turn token.
+
+    alpha: in phase 2 its cached latents, (probs float16 [N, k], ids int32 [N, k] or None).
+    """
 
     prompt: list[int]
     chain: list[int]
     end_think: list[int]
     answer: list[int]
+    alpha: tuple = ()
 
 
 def text_field(row, key):
@@ -42,12 +46,12 @@ def written_chain(row):
 
 
 def load_examples(path, tokenizer, say=print, chain=True):
-    """Training examples from {"problem", "cot", "cot_answer"} lines; none if `path` is "".
+    """Training examples from {"problem", "cot", "cot_answer"} lines.
 
     Examples whose chain holds no token of the vocabulary are skipped and counted. `chain` False:
     all chains are left empty.
     """
-    examples, rows = [], read_jsonl(path) if path else []
+    examples, rows = [], read_jsonl(path)
     for row in rows:
         with reading(path, row["_line"]):
             has_chain = chain and row["cot"] != ""
@@ -58,7 +62,7 @@ def load_examples(path, tokenizer, say=print, chain=True):
             examples.append(Example(prompt, tokens, tokenizer.end_think, answer))
     if skipped := len(rows) - len(examples):
         say(f"{path}: skipped {skipped} examples without a chain")
-    if rows and not examples:
+    if not examples:
         raise UserError(f"{path}: no line has a chain; name another file")
     return examples
 
@@ -86,9 +90,7 @@ def layout(name, e, parts):
 
     add(e.prompt, PROMPT)
     for i, part in enumerate(parts, 1):
-        if name == "cot":
-            add(part, TEXT)
-        if name == "encoder":
+        if name in ("cot", "encoder"):
             add(part, TEXT, i)
         if name == "decoder" and i > 1:
             add(part, TEXT, i - 1)  # S_i continues Z_{i-1}
@@ -133,13 +135,21 @@ class PackedBatch:
     targets: torch.Tensor
 
 
-def pack(name, layouts):
-    """One packed row from what `layout` made of each example."""
+def pack(name, layouts, shape=None):
+    """One packed row from what `layout` made of each example, with filler up to a GPU's `shape`."""
+    if fill := shape is not None and shape.longest > 0:
+        for start in range(sum(len(x[0]) for x in layouts), shape.tokens, shape.longest):
+            n = min(shape.longest, shape.tokens - start)
+            layouts = [*layouts, [np.zeros(n, np.int64)] * 4]  # prompts that no loss sees
     ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*layouts))
     lengths = torch.tensor([len(x[0]) for x in layouts])
-    document = torch.arange(len(layouts), dtype=torch.int32).repeat_interleave(lengths)
+    if fill:
+        lengths = F.pad(lengths, (0, shape.documents - len(lengths)))
+    document = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
     starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-    labels = Labels(document, kind.int(), segment.int(), starts, int(lengths.max()))
+    labels = Labels(
+        document, kind.int(), segment.int(), starts, shape.longest if fill else int(lengths.max())
+    )
     latent_index = (kind == LATENT).nonzero().squeeze(1)
     target = kind == TEXT if name == "encoder" else (kind == TEXT) | (kind == ANSWER)
     target_index = target.nonzero().squeeze(1)
@@ -149,16 +159,16 @@ def pack(name, layouts):
     return PackedBatch(ids, positions, labels, latent_index, before, targets)
 
 
-def pack_examples(name, examples, r=1):
-    return pack(name, [layout(name, e, segments(e.chain, r)) for e in examples])
+def pack_examples(name, examples, r=1, shape=None):
+    return pack(name, [layout(name, e, segments(e.chain, r)) for e in examples], shape)
 
 
 @dataclass(frozen=True)
 class RowShape:
     """What all rows of a run have in common: at most so many tokens and examples.
 
-    On a GPU rows are padded to `tokens` with filler. The bounds on documents (examples and filler)
-    and the longest one are tight: flash attention starts work for all that there might be.
+    On a GPU rows are filled up to `tokens`. The bounds on documents (examples and filler) and on
+    the longest one are tight: flash attention starts work for all that there might be.
     """
 
     tokens: int
@@ -183,29 +193,12 @@ def row_shape(lengths, batch_size, row_tokens, device):
     return RowShape(tokens, examples, examples + tokens // longest + 2, longest)
 
 
-def pad(row, shape):
-    """`row` with documents of filler that no loss sees, up to `shape`."""
-    old, T = row.labels, len(row.ids)
-    n, count = shape.tokens - T, len(old.starts) - 1
-    ids, position_ids, kind, segment = (
-        F.pad(x, (0, n)) for x in (row.ids, row.position_ids, old.kind, old.segment)
-    )
-    document = count + torch.arange(n, dtype=torch.int32) // shape.longest
-    filler = torch.arange(T, shape.tokens, shape.longest, dtype=torch.int32)  # its starts
-    starts = torch.cat([old.starts[:-1], filler])
-    starts = F.pad(starts, (0, shape.documents + 1 - len(starts)), value=shape.tokens)
-    labels = Labels(torch.cat([old.document, document]), kind, segment, starts, shape.longest)
-    return replace(row, ids=ids, position_ids=position_ids, labels=labels)
-
-
-def to_device(x, device, shape=None):
-    """A tensor, or a dataclass of such things, on `device`. Rows are padded to a GPU's `shape`."""
+def to_device(x, device):
+    """A tensor, or a dataclass of such things, on `device`."""
     if isinstance(x, torch.Tensor):
         return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-    if isinstance(x, PackedBatch) and shape and shape.documents:
-        x = pad(x, shape)
     if is_dataclass(x):
-        return type(x)(**{name: to_device(y, device, shape) for name, y in vars(x).items()})
+        return type(x)(*(to_device(y, device) for y in vars(x).values()))
     return x
 
 

@@ -81,12 +81,10 @@ def hf_name(name):
 
 
 def weight_files(directory):
-    """The safetensors files of a checkpoint: those of its index, or model.safetensors."""
-    index, names = Path(directory) / "model.safetensors.index.json", ["model.safetensors"]
-    if index.exists():
-        with reading(index):
-            names = sorted(set(read_json(index)["weight_map"].values()))
-    return [index.with_name(name) for name in names]
+    """The safetensors files of a checkpoint. Raises UserError if there are none."""
+    if files := sorted(Path(directory).glob("model*.safetensors")):
+        return files
+    raise UserError(f"{directory}: holds no model*.safetensors")
 
 
 def load_checkpoint(directory, device="cpu", dtype=torch.float32):
@@ -101,17 +99,13 @@ def load_checkpoint(directory, device="cpu", dtype=torch.float32):
             if tied or name.endswith("rotary_emb.inv_freq"):
                 continue  # a second copy, or derived
             if t.shape != expected.get(name):
-                wanted = (
-                    f"the shape {list(expected[name])}" if name in expected else "no such tensor"
-                )
-                raise UserError(f"{path}: {name} has the shape {list(t.shape)}; needed is {wanted}")
+                needed = expected.get(name, "no such tensor")
+                raise UserError(f"{path}: {name} has the shape {t.shape}; needed is {needed}")
             if t.dtype not in DTYPES.values() or not t.isfinite().all():
                 raise UserError(f"{path}: {name} is {t.dtype} or holds NaN or infinity")
             found[name] = t.to(dtype)
-    for name in expected:
-        if name not in found:
-            raise UserError(f"{directory}: the tensor {name} is missing from the checkpoint")
-    weights = {n: found[hf_name(n)] for n, _ in model.named_parameters()}
+    with reading(directory):
+        weights = {n: found[hf_name(n)] for n, _ in model.named_parameters()}
     model.load_state_dict(weights, assign=True)
     model.rope_frequencies = rotary_frequencies(config).to(device)
     return model.requires_grad_(False)
@@ -151,9 +145,7 @@ def load_model(path, device="cpu", dtype=torch.float32):
         lora.merge(model, "merged")
     tokenizer = Tokenizer(base)
     if tokenizer.vocab_size > len(model.head):
-        raise UserError(
-            f"{base}: the tokenizer has {tokenizer.vocab_size} ids, the model has fewer"
-        )
+        raise UserError(f"{base}: the tokenizer has more ids than the model")
     return model, tokenizer, reasoning
 
 

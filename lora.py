@@ -4,8 +4,6 @@ An adapter adds scale * dropout(x) A^T B^T to a linear's output. Adapters are ad
 linears from outside; model.py does not know them.
 """
 
-from functools import partial
-
 import torch
 from torch import nn
 import torch.nn.functional as F
@@ -35,8 +33,11 @@ class Adapter(nn.Module):
 def project(x, *linears, adapter):
     """Like model.project, with the adapters of that name added. A frozen one has no dropout.
 
-    Linears that read the same x share its dropout, and one product with all their A.
+    Linears that read the same x share its dropout, and one product with all their A. `adapter` None
+    is the base alone.
     """
+    if adapter is None:
+        return base_project(x, *linears)
     pairs = [m.adapters[adapter] for m in linears]
     p = pairs[0].dropout if pairs[0].training and pairs[0].lora_A.requires_grad else 0.0
     A = torch.cat([a.lora_A for a in pairs]).to(x.dtype)
@@ -46,11 +47,6 @@ def project(x, *linears, adapter):
         W, B = m.weight.to(x.dtype), (a.scale / (1 - p) * a.lora_B).to(x.dtype)
         outputs.append(add_low_rank(x, low, W, B, None if m.bias is None else m.bias.to(x.dtype)))
     return outputs
-
-
-def projections(adapter):
-    """The `project` of a forward call that uses the adapter of that name, or the base alone."""
-    return partial(project, adapter=adapter) if adapter else base_project
 
 
 def linears(model):

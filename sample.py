@@ -1,7 +1,6 @@
 """The superposition sampler, as a library (`Sampler.generate`) and as a command.
 
     python sample.py --model runs/latent --prompt "If 3 pens cost 6 dollars, what do 7 cost?"
-    python sample.py --model runs/latent                       # asks for problems
 
 A sequence reads Q <think>. While it thinks, it feeds itself superpositions. Then it reads all of
 </think> and samples its answer. One device step serves all sequences of a batch; the host decides
@@ -11,7 +10,7 @@ what each reads next.
 import lib.errors  # noqa: F401  from here on an error is one line
 
 from collections import deque
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -19,11 +18,11 @@ import torch
 
 from attention import BLOCK, KVCache
 from data import Example, distribute, pack_examples, to_device
-from latents import add_noise, gumbel_like, superpose
-from lib.cli import one_of, parse
+from latents import add_noise, superpose
+from lib.cli import parse
 from lib.errors import UserError
 from lib.fast import recorded
-from lib.run import free_memory, join
+from lib.run import join
 from load_hf_weights import base_dtype, load_model
 
 PREFILL = 2**14  # tokens of prompts that are read at a time
@@ -32,14 +31,11 @@ DONE, LATENT = -2, -1  # what a sequence reads next, if not a token
 GREEDY = 1e-4  # below this temperature the most likely token is taken
 # Of one row all products read weights only: tuned kernels, and small ones joined, pay.
 ONE_ROW = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
-BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     model: str  # checkpoint directory or run
-    thinking: one_of("", "latent", "text", "none") = ""  # how to reason; default: as it learned
-    top_k: int = -1  # tokens in a superposition, 0 for all; -1: as it learned
     max_latents: int = 256  # latent budget; then </think> is fed
     max_new_tokens: int = 512  # budget of sampled tokens
     temperature: float = 0.6  # 0: greedy
@@ -52,18 +48,17 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(SamplingParams):
-    prompt: str = ""  # the problem; without it, problems are read from the keyboard, one a line
+    prompt: tuple[str, ...]  # one problem, or several
 
 
 @dataclass
 class Result:
-    """probs, ids: [n, k], the latents that were fed, the most likely token first.
+    """latents: (probs float32 [k], ids int64 [k]) of each that was fed, most likely token first.
 
     tokens: what was sampled, without the end-of-turn token. finished: that token came in time.
     """
 
-    probs: torch.Tensor
-    ids: torch.Tensor
+    latents: list[tuple[np.ndarray, np.ndarray]]
     tokens: list[int]
     finished: bool
 
@@ -71,13 +66,11 @@ class Result:
 class Sequence:
     """Where one prompt is: it thinks, then closes (reads </think>), then answers."""
 
-    def __init__(self, index, prompt, number, params, end_think, end_of_turn):
-        self.index, self.prompt, self.number, self.params = index, prompt, number, params
-        self.stop, self.end_of_turn = end_think[0], end_of_turn
-        self.thinking = params.thinking == "latent"
-        self.closing = [] if params.thinking == "text" else list(end_think)
-        self.generator = torch.Generator().manual_seed(hash((params.seed, number)))
-        self.uniform = torch.rand(params.max_new_tokens, generator=self.generator).tolist()
+    def __init__(self, prompt, number, sampler):
+        self.prompt, self.number, self.sampler = prompt, number, sampler
+        self.thinking = sampler.thinking == "latent"
+        self.closing = [] if sampler.thinking == "text" else [*sampler.end_think]
+        self.rng = np.random.default_rng((sampler.params.seed, number))  # not of the answer
         self.latents, self.tokens = [], []
 
     def advance(self, token, top, latent):
@@ -86,22 +79,21 @@ class Sequence:
         The model would say `token`; `top` is the most likely one. It would think `latent`. Thinking
         ends where the first token of </think> is most likely, or at the budget.
         """
-        if self.thinking and top != self.stop and len(self.latents) < self.params.max_latents:
+        p, stop = self.sampler.params, self.sampler.end_think[0]
+        if self.thinking and top != stop and len(self.latents) < p.max_latents:
             self.latents.append(latent)
             return LATENT
         self.thinking = False
         if self.closing:
             return self.closing.pop(0)
         self.tokens.append(token)
-        done = token == self.end_of_turn or len(self.tokens) >= self.params.max_new_tokens
+        done = token == self.sampler.end_of_turn or len(self.tokens) >= p.max_new_tokens
         return DONE if done else token
 
-    def result(self, k):
-        """What it has so far; k: the width of its latents."""
-        latents = torch.tensor(np.array(self.latents, np.int32).reshape(-1, 2 * k))
-        finished = self.tokens[-1:] == [self.end_of_turn]
-        tokens = self.tokens[: len(self.tokens) - finished]
-        return Result(latents[:, k:].view(torch.float32), latents[:, :k].long(), tokens, finished)
+    def result(self):
+        """What it has so far."""
+        finished = self.tokens[-1:] == [self.sampler.end_of_turn]
+        return Result(self.latents, self.tokens[: len(self.tokens) - finished], finished)
 
 
 def pick(logits, uniform, temperature, top_p):
@@ -121,91 +113,86 @@ class Sampler:
     """Up to `batch_size` sequences side by side; a finished one's row goes to the next prompt.
 
     end_think: the tokens that are fed when thinking ends. replace(sequence, probs [k], ids [k]):
-    an intervention, (probs, ids) of what is fed instead of a latent.
+    an intervention, (probs, ids) of what is fed instead of a latent; the default is the noise.
     """
 
-    def __init__(self, model, end_think, end_of_turn, params, batch_size=1, replace=None):
-        self.model, self.params, self.batch_size, self.replace = model, params, batch_size, replace
-        self.ends, self.device, self.cache = (end_think, end_of_turn), model.head.device, None
-        self.k = params.top_k or min(SHOWN, len(model.head))  # of a result
-        if params.top_k == 0 and (params.noise or replace):
+    def __init__(self, model, reasoning, ends, params, batch_size=1, replace=None):
+        self.model, self.device, self.cache = model, model.head.device, None
+        self.params, self.batch_size, self.k = params, batch_size, reasoning.top_k
+        self.thinking, (self.end_think, self.end_of_turn) = reasoning.thinking, ends
+        self.replace = replace or (self.noisy if params.noise else None)
+        if self.k == 0 and self.replace:
             raise UserError("--top-k 0: noise and other latents need a superposition of few tokens")
 
+    def noisy(self, sequence, probs, ids):
+        p, noise = self.params, torch.from_numpy(sequence.rng.gumbel(size=len(probs)))
+        alpha = torch.from_numpy(probs), torch.from_numpy(ids)
+        probs = add_noise(*alpha, noise, self.end_think[0], p.noise, p.noise_temperature).numpy()
+        order = (-probs).argsort()
+        return probs[order], ids[order]
+
     @torch.no_grad()
-    def generate(self, prompts, numbers=None, done=None, watch=None):
-        """A Result for each prompt (ids of Q <think>), in order.
+    def generate(self, prompts, numbers=None, watch=None):
+        """Yields (number, Result) of each prompt (ids of Q <think>) as it ends.
 
         A prompt's random numbers depend on the seed and its number (its place, or `numbers`), not
-        on the batch. done(i, result) is called as each one ends, watch(i, result) after each step
-        with the unfinished ones.
+        on the batch. watch(result) is called after each step with the unfinished ones.
         """
-        results, running = [None] * len(prompts), {}
+        each, running = zip(prompts, numbers or range(len(prompts))), {}
+        waiting = deque(Sequence(*x, self) for x in each)
         if prompts:
             self.prepare(prompts)
-        each = zip(range(len(prompts)), prompts, numbers or range(len(prompts)))
-        waiting = deque(Sequence(*x, self.params, *self.ends) for x in each)
         while waiting or running:
             free = [row for row in range(len(self.token)) if row not in running]
-            new = {row: waiting.popleft() for row in free[: len(waiting)]}
-            self._read(new)
-            running |= new
+            if new := {row: waiting.popleft() for row in free[: len(waiting)]}:
+                self._read(new)
+                running |= new
             reads = self._advance(running)
             for row in [row for row in running if reads[row] == DONE]:
                 s = running.pop(row)
-                results[s.index] = s.result(self.k)
-                if done:
-                    done(s.index, results[s.index])
+                yield s.number, s.result()
             for s in running.values() if watch else ():
-                watch(s.index, s.result(self.k))
+                watch(s.result())
             if running:
-                self.token.copy_(torch.from_numpy(reads))
-                self._draw(running)
+                self.token.copy_(torch.tensor(reads))
                 self.step()
-        return results
 
     def _advance(self, running):
-        """Lets each sequence decide. Returns what each row reads next, int64 [B]."""
-        out = self.out.to("cpu", copy=True).numpy()
-        tokens, tops, reads = out[:, 0].tolist(), out[:, 1].tolist(), np.full(len(out), DONE)
+        """Lets each sequence decide. Returns what each row reads next."""
+        reads = [DONE] * len(self.token)
+        said, probs, ids = self.said.tolist(), self.probs.cpu().numpy(), self.ids.cpu().numpy()
+        probs, ids = probs.copy(), ids.copy()
         for row, s in running.items():
-            reads[row] = s.advance(tokens[row], tops[row], out[row, 1:])
-            if reads[row] == LATENT and (self.replace or self.params.noise):
-                self.probs[row], self.ids[row] = self._replaced(s)
-        return reads
-
-    def _replaced(self, s):
-        """The one place where a latent is replaced: the last one of a sequence."""
-        p, latent = self.params, torch.from_numpy(s.latents[-1])
-        probs, ids = latent[self.k :].view(torch.float32), latent[: self.k].long()
-        if p.noise:
-            noise = gumbel_like(probs, s.generator), s.stop, p.noise, p.noise_temperature
-            probs = add_noise(probs, ids, *noise)
+            latent = probs[row], ids[row]
+            reads[row] = s.advance(*said[row], latent)
+            if self.replace and reads[row] == LATENT:  # the one place where a latent is replaced
+                probs[row], ids[row] = self.replace(s, *latent)
         if self.replace:
-            probs, ids = self.replace(s, probs, ids)
-        probs, order = probs.sort(descending=True)
-        latent.copy_(torch.cat([ids[order].int(), probs.view(torch.int32)]))
-        return probs, ids[order]
+            self.probs.copy_(torch.from_numpy(probs))
+            self.ids.copy_(torch.from_numpy(ids))
+        return reads
 
     @torch.no_grad()
     def prepare(self, prompts):
-        """Memory for as many rows as are wanted and fit. A GPU compiles and records its step here.
+        """Memory for `batch_size` rows. A GPU compiles and records its step here.
 
         What is there from before is kept if it will do.
         """
-        p, device, model, k = self.params, self.device, self.model, self.k
-        longest = max(map(len, prompts)) + p.max_latents + len(self.ends[0]) + p.max_new_tokens
+        p, device, model, V = self.params, self.device, self.model, len(self.model.head)
+        longest = max(map(len, prompts)) + p.max_latents + len(self.end_think) + p.max_new_tokens
         length = -(-longest // BLOCK) * BLOCK
         if self.cache and self.cache.kv.shape[-2] >= length:
             return
-        self.cache, dtype = None, model.head.dtype
-        fitting = 0.8 * free_memory(device) / KVCache.bytes_per_row(model.config, length, dtype)
-        B = int(max(1, min(self.batch_size, len(prompts), fitting)))
-        self.cache = KVCache(model.config, B, length, device, dtype)
+        self.cache, B = None, min(self.batch_size, len(prompts))
+        self.cache = KVCache(model.config, B, length, device, model.head.dtype)
         zeros = partial(torch.zeros, device=device)
-        self.token, self.uniform = zeros(B, dtype=torch.long) + DONE, zeros(B)
-        self.probs = zeros(B, p.top_k or len(model.head))
-        self.ids = zeros(B, p.top_k, dtype=torch.long)
-        self.out = zeros(B, 1 + 2 * k, dtype=torch.int32)
+        whole = partial(zeros, dtype=torch.long)
+        self.rows, self.token = torch.arange(B, device=device), whole(B) + DONE
+        self.said = whole(B, 2)  # the token that each would say, and its most likely one
+        self.uniform = zeros(B, length)  # a random number for each position
+        k = self.k or min(SHOWN, V)
+        self.probs, self.ids = zeros(B, k), whole(B, k)
+        self.full = zeros(B, V if self.k == 0 else 0)  # alpha over the full vocabulary
         self.step = self._step
         if device.type == "cuda":
             model.compile_layers(**(ONE_ROW if B == 1 else {}))
@@ -213,95 +200,72 @@ class Sampler:
 
     def _read(self, new):
         """Reads the prompts of new sequences into their rows."""
-        self._draw(new)
-        rows, lengths = [*new], [len(s.prompt) for s in new.values()]
-        for part in distribute(lengths, 1, max(PREFILL, *lengths), len(rows)) if new else ():
-            examples = [Example(new[rows[i]].prompt, [], [], []) for i in part]
-            packed = to_device(pack_examples("cot", examples), self.device)
-            at = torch.tensor([rows[i] for i in part], device=self.device)
+        rows, sequences = torch.tensor([*new], device=self.device), [*new.values()]
+        if self.params.temperature >= GREEDY:
+            shape, seed = self.uniform.shape[1], self.params.seed
+            rngs = (np.random.default_rng((seed, s.number, 1)) for s in sequences)
+            draws = np.stack([rng.random(shape, dtype=np.float32) for rng in rngs])
+            self.uniform[rows] = torch.from_numpy(draws).to(self.device)
+        lengths = [len(s.prompt) for s in sequences]
+        for part in distribute(lengths, 1, max(PREFILL, *lengths), len(rows)):
+            examples = [Example(sequences[i].prompt, [], [], []) for i in part]
+            packed, at = to_device(pack_examples("cot", examples), self.device), rows[part]
             with torch.compiler.set_stance("force_eager"):  # ever new lengths
                 attend = self.cache.prefill(at, packed.labels, packed.position_ids)
                 x = self.model.embed_tokens(packed.ids)
                 h = self.model(x, packed.position_ids, attend)
             self._look(h[packed.labels.starts[1:].long() - 1], at)
 
-    def _draw(self, sequences):
-        """Sends the random numbers that choose the next tokens."""
-        if self.params.temperature >= GREEDY:
-            uniform = np.zeros(len(self.uniform), np.float32)
-            for row, s in sequences.items():
-                uniform[row] = s.uniform[len(s.tokens)]
-            self.uniform.copy_(torch.from_numpy(uniform))
-
     def _step(self):
         """Every row reads `token`: a token, the latent that it made last, or nothing."""
-        E, p = self.model.embed_tokens.weight, self.params
+        E = self.model.embed_tokens.weight
         x = E[self.token.clamp(min=0)]
-        if p.thinking == "latent":
-            z = superpose(self.probs, self.ids if p.top_k else None, E)
-            x = torch.where((self.token == LATENT)[:, None], z, x)
+        if self.thinking == "latent":
+            alpha = (self.probs, self.ids) if self.k else (self.full, None)
+            x = torch.where((self.token == LATENT)[:, None], superpose(*alpha, E), x)
         position_ids, attend = self.cache.lengths.clone(), self.cache.decode(self.token != DONE)
-        self._look(self.model(x, position_ids, attend), slice(None))
+        self._look(self.model(x, position_ids, attend), self.rows)
 
     def _look(self, h, rows):
         """What `rows` would think and say next, from their last hidden states [n, hidden_size]."""
         p, logits = self.params, h @ self.model.head.T
-        top, ids = logits.topk(self.k)
-        token, probs = ids[:, :1], (top if p.top_k else logits).float().softmax(-1)
-        self.probs[rows], self.ids[rows] = probs, ids[:, : p.top_k]
-        probs = probs if p.top_k else probs.gather(-1, ids)
+        top, ids = logits.topk(self.ids.shape[1])
+        token, probs = ids[:, 0], top.float().softmax(-1)
+        if self.k == 0:
+            self.full[rows] = full = logits.float().softmax(-1)
+            probs = full.gather(-1, ids)
+        self.probs[rows], self.ids[rows] = probs, ids
         if p.temperature >= GREEDY:
-            token = pick(logits.float(), self.uniform[rows], p.temperature, p.top_p)[:, None]
-        self.out[rows] = torch.cat([token.int(), ids.int(), probs.view(torch.int32)], dim=1)
-
-
-def complete(params, reasoning):
-    """`params` with what they leave to the model."""
-    top_k = reasoning.top_k if params.top_k < 0 else params.top_k
-    return replace(params, thinking=params.thinking or reasoning.thinking, top_k=top_k)
+            uniform = self.uniform[rows, self.cache.lengths[rows]]
+            token = pick(logits.float(), uniform, p.temperature, p.top_p)
+        self.said[rows] = torch.stack((token, ids[:, 0]), dim=1)
 
 
 class Display:
-    """Prints a result as it grows: each latent's tokens with bars, then the answer."""
+    """Prints a result as it grows: each latent's tokens with their weights, then the answer."""
 
     def __init__(self, tokenizer):
         self.decode, self.latents, self.text = tokenizer.decode, 0, ""
 
-    def __call__(self, i, result):
-        for n in range(self.latents, len(result.ids)):
-            top = list(zip(result.probs[n].tolist(), result.ids[n].tolist()))[:5]
-            words = (f"{self.decode([t])!r} {BARS[min(7, int(8 * p))]}{p:.2f}" for p, t in top)
-            print(f"{n + 1:4d}  " + "  ".join(words))
+    def __call__(self, result):
+        for n, latent in enumerate(result.latents[self.latents :], self.latents + 1):
+            words = (f"{self.decode([i])!r} {p:.2f}" for p, i in zip(*latent))
+            print(f"{n:4d}  " + "  ".join([*words][:5]))
         text = self.decode(result.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
         print(text[len(self.text) :], end="", flush=True)
-        self.latents, self.text = len(result.ids), text
-
-
-def answer(sampler, tokenizer, problem, number=0):
-    """Thinks about one problem and answers it, on the screen."""
-    show = Display(tokenizer)
-    (result,) = sampler.generate([tokenizer.prompt(problem)], [number], show, show)
-    print("" if result.finished else " [budget used up]")
-
-
-def typed():
-    """The lines that a user types."""
-    while True:
-        try:
-            yield input("problem> ")
-        except EOFError:
-            return print()
+        self.latents, self.text = len(result.latents), text
 
 
 def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
     model, tokenizer, reasoning = load_model(s.model, process.device, base_dtype(process.device))
-    ends = tokenizer.end_think, tokenizer.end_of_turn
-    sampler = Sampler(model, *ends, complete(s, reasoning))
-    for number, problem in enumerate([s.prompt] if s.prompt else typed()):
-        if process.main and problem.strip():
-            answer(sampler, tokenizer, problem, number)
+    sampler = Sampler(model, reasoning, (tokenizer.end_think, tokenizer.end_of_turn), s)
+    for number, problem in enumerate(s.prompt if process.main else ()):
+        show = Display(tokenizer)
+        for _, result in sampler.generate([tokenizer.prompt(problem)], [number], show):
+            show(result)
+            print("" if result.finished else " [budget used up]")
 
 
 if __name__ == "__main__":

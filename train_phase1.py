@@ -11,7 +11,7 @@ The loss is the mean cross-entropy over S_2..S_N, </think> and the answer. See d
 
 import lib.errors  # noqa: F401  from here on an error is one line
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,22 +19,23 @@ from torch import nn
 
 from data import PackedBatch, load_examples, num_latents, num_targets, pack_examples
 from latents import cross_entropy, entropy, induce, segment_loss, superpose
-from lib.cli import one_of, parse
+from lib.cli import matching, parse
 from lib.errors import UserError
 from lib.files import read_json, write_json
-from lib.run import from_rank0, join
+from lib.run import join
 from load_hf_weights import Reasoning, base_dtype, load_model
 import lora
 from masks import RULES, causal
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
+STEP = matching("encoder|decoder|joint")
 LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder", "decoder")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
     model: str  # the CoT-SFT model to start from: a run or a checkpoint directory
-    steps: tuple[one_of(*LEARNS), ...] = tuple(LEARNS)  # which steps to train, in order
+    steps: tuple[STEP, ...] = tuple(LEARNS)  # which steps to train, in order
     compression: int = 2  # chain tokens per latent, r
     top_k: int = 10  # tokens in a superposition, 0 for all
     lr: tuple[float, ...] = (1e-4,)  # peak learning rate, for all steps or one for each
@@ -102,8 +103,8 @@ class Phase1(Task):
         targets = sum(num_targets(self.layouts[1], e, self.r) for e in examples)
         return {"ce": targets, "entropy": latents, "segment": latents}
 
-    def pack(self, examples):
-        return TwoLayouts(*(pack_examples(name, examples, self.r) for name in self.layouts))
+    def pack(self, examples, shape=None):
+        return TwoLayouts(*(pack_examples(name, examples, self.r, shape) for name in self.layouts))
 
     def forward(self, rows):
         enc, dec, E = rows.encoder, rows.decoder, self.model.embed_tokens.weight.detach()
@@ -151,7 +152,7 @@ def main():
     torch.manual_seed(s.seed)
     device = torch.device("cpu") if s.shard else process.device  # the layers are spread later
     model, tokenizer, _ = load_model(s.model, device, base_dtype(process.device))
-    examples, valid = (load_examples(x, tokenizer, process.say) for x in (s.data, s.valid))
+    examples = load_examples(s.data, tokenizer, process.say)
     for name in LEARNS["joint"]:
         lora.add_adapter(model, name, s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
     run = make_runner(model, s, process, s.shard)
@@ -159,12 +160,12 @@ def main():
     reasoning = Reasoning("latent", s.top_k, s.compression)
     adapter = f"{s.steps[-1]}/decoder.safetensors"
     with run_directory(s, "train_phase1", s.model, reasoning, adapter=adapter) as out:
+        lists = {"lr": s.lr, "epochs": s.epochs, "max_steps": s.max_steps}
         for i, step in enumerate(s.steps):
             task = Phase1(run, encoder, LEARNS[step], not s.no_segments, s.w_segment)
-            each = (x[min(i, len(x) - 1)] for x in (s.lr, s.epochs, s.max_steps))
-            train(task, examples, valid, s, process, out / step, *each)
-            run.recorded.clear()  # the next step learns other parameters
-        from_rank0(lambda: write_json(out / "finished.json", {"steps": s.steps}))
+            each = {key: values[min(i, len(values) - 1)] for key, values in lists.items()}
+            train(task, examples, replace(s, **each), process, out / step)
+        write_json(out / "finished.json", {"steps": s.steps})
 
 
 if __name__ == "__main__":

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from attention import Runner
-from cache_latents import encode, identity, read_cache
-from data import Example, PackedBatch, load_examples, num_targets, pack_examples
+from cache_latents import identity, read_cache
+from data import PackedBatch, load_examples, num_targets, pack_examples
 from latents import add_noise, concatenate, cross_entropy, gumbel_like, induce, kl_divergence
 from latents import superpose
 from lib.cli import parse
@@ -22,7 +21,7 @@ from lib.run import join
 from load_hf_weights import base_dtype, load_model, resolve, save_checkpoint
 import lora
 from masks import RULES
-from train_phase1 import finished_phase1, load_encoder
+from train_phase1 import finished_phase1
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
 
@@ -41,14 +40,6 @@ class Settings(TrainingSettings):
     lora_rank: int = 64  # of the adapter; its alpha is twice that
     lora_dropout: float = 0.1  # before the adapter
     shard: bool = False  # less memory: every rank keeps a share of the frozen layers only
-
-
-@dataclass
-class LatentExample(Example):
-    """An example with its cached alpha: probs float16 [N, k], ids int32 [N, k] or None."""
-
-    probs: torch.Tensor
-    ids: torch.Tensor | None
 
 
 @dataclass
@@ -82,10 +73,11 @@ class Phase2(Task):
         targets = sum(num_targets("latent", e, self.r) for e in examples)
         return {"ce": targets, "kl": len(examples)}
 
-    def pack(self, examples):
-        weights = torch.cat([torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples])
-        probs, ids = concatenate([(e.probs, e.ids) for e in examples])
-        row = pack_examples("latent", examples, self.r)
+    def pack(self, examples, shape=None):
+        probs, ids = concatenate([e.alpha for e in examples])
+        sizes = torch.tensor([len(e.alpha[0]) for e in examples])
+        weights = (1 / sizes).repeat_interleave(sizes)
+        row = pack_examples("latent", examples, self.r, shape)
         return LatentRow(row, probs.float(), None if ids is None else ids.long(), weights)
 
     def forward(self, batch):
@@ -128,20 +120,6 @@ class Phase2(Task):
             lora.save_adapter(out / "student.safetensors", self.model, "student")
 
 
-def with_latents(examples, cached):
-    return [LatentExample(**vars(e), probs=p, ids=i) for e, (p, i) in zip(examples, cached)]
-
-
-def validation_examples(s, tokenizer, process):
-    """Those of --valid, with latents that phase 1's encoder makes now, on a base of its own."""
-    examples, device = load_examples(s.valid, tokenizer, process.say), process.device
-    if not examples:
-        return []
-    base, _, _ = load_model(finished_phase1(s.phase1)["start"], device, base_dtype(device))
-    encoder = load_encoder(s.phase1, Runner(base))
-    return with_latents(examples, encode(encoder, examples, s.row_tokens, device))
-
-
 def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
@@ -150,9 +128,10 @@ def main():
     device = torch.device("cpu") if s.shard else process.device  # the layers are spread later
     dtype = torch.float32 if s.all_weights else base_dtype(process.device)
     model, tokenizer, reasoning = load_model(s.phase1, device, dtype)
-    plain = load_examples(s.data, tokenizer, process.say)
-    examples = with_latents(plain, read_cache(s.cache, identity(s.phase1, s.data, len(plain))))
-    valid = validation_examples(s, tokenizer, process)
+    examples = load_examples(s.data, tokenizer, process.say)
+    cached = read_cache(s.cache, identity(s.phase1, s.data, len(examples)))
+    for example, alpha in zip(examples, cached):
+        example.alpha = alpha
     source, facts = resolve(s.phase1)[0], {}
     if not s.all_weights:
         source, facts = None, {"adapter": "student.safetensors"}
@@ -160,7 +139,7 @@ def main():
     run = make_runner(model, s, process, s.shard)
     task = Phase2(run, s, reasoning, tokenizer.end_think[0], source)
     with run_directory(s, "train_phase2", s.phase1, reasoning, **facts) as out:
-        train(task, examples, valid, s, process, out, s.lr, s.epochs, s.max_steps)
+        train(task, examples, s, process, out)
 
 
 if __name__ == "__main__":

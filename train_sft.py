@@ -35,8 +35,8 @@ class CoTSFT(Task):
     def counts(self, examples):
         return {"ce": sum(num_targets("cot", e) for e in examples)}
 
-    def pack(self, examples):
-        return pack_examples("cot", examples)
+    def pack(self, examples, shape=None):
+        return pack_examples("cot", examples, shape=shape)
 
     def forward(self, row):
         x = self.model.embed_tokens(row.ids).to(base_dtype(row.ids.device))  # weights are float32
@@ -51,12 +51,11 @@ def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
     model, tokenizer, _ = load_model(s.model, process.device)
-    files = s.data, s.valid
-    examples, valid = (load_examples(x, tokenizer, process.say, not s.no_chain) for x in files)
+    examples = load_examples(s.data, tokenizer, process.say, not s.no_chain)
     reasoning = Reasoning("none" if s.no_chain else "text")
     task = CoTSFT(make_runner(model, s, process), resolve(s.model)[0], reasoning)
     with run_directory(s, "train_sft", s.model, reasoning) as out:
-        train(task, examples, valid, s, process, out, s.lr, s.epochs, s.max_steps)
+        train(task, examples, s, process, out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import time
 import numpy as np
 import torch
 from torch import nn
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
@@ -26,7 +25,7 @@ from attention import Runner
 from data import distribute, num_tokens, row_shape, to_device
 from lib.errors import UserError
 from lib.files import file_hash, read_tensors, write_json, write_tensors, write_text
-from lib.run import Stopper, barrier, output_directory
+from lib.run import barrier, output_directory
 
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.01)
 CLIP = 1.0  # the largest gradient norm
@@ -36,14 +35,13 @@ CLIP = 1.0  # the largest gradient norm
 class TrainingSettings:
     data: str  # training .jsonl or .jsonl.gz: problem, cot, cot_answer
     out: str  # run directory; the same command goes on where it stopped
-    valid: str = ""  # like --data; its loss is measured ten times
     lr: float = 1e-4  # peak learning rate
     epochs: float = 3.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0: as --epochs says
     batch_size: int = 128  # examples per step, over all ranks
     row_tokens: int = 8192  # tokens of a packed row (micro-batch)
     warmup: float = 0.05  # share of the steps before the cosine to zero
-    save_every: int = 0  # steps between saved states; 0: 5% of the time goes into saving
+    save_every: float = 10.0  # seconds between saved states, more where saving takes long
     keep: int = 0  # models to keep on the way, as OUT/step-N
     checkpoint_activations: bool = False  # less memory: backward computes each layer again
     seed: int = 1  # of every random choice
@@ -54,7 +52,7 @@ class Task(nn.Module):
     """What `train` trains: a subclass has a model, and parameters that require gradients.
 
     counts(examples): {part: what the sum of that loss part over `examples` is divided by}.
-    pack(examples): a packed row of them on the CPU, a dataclass of tensors.
+    pack(examples, shape): a packed row of them on the CPU, a dataclass of tensors.
     forward(row): {part: float32 sum}, the loss parts of a row.
     save(out): writes what was learned. load(out): reads it, if the process goes on with more.
     Loss = sum over parts of weight * sum / count. A part with weight 0 is logged only.
@@ -74,9 +72,9 @@ class Task(nn.Module):
 
 def run_directory(s, command, start, reasoning, **facts):
     """The locked output directory of a training that starts from the model `start`."""
-    facts |= {"command": command, "start": str(Path(start).resolve())}
-    facts |= {"data_hash": file_hash(s.data), "reasoning": asdict(reasoning)}
-    return output_directory(s.out, s, **facts)
+    start, made_from = str(Path(start).resolve()), {"data_hash": file_hash(s.data)}
+    made_from |= {"command": command, "start": start, "reasoning": asdict(reasoning)}
+    return output_directory(s.out, s, **made_from, **facts)
 
 
 def make_runner(model, s, process, shard=False):
@@ -87,10 +85,9 @@ def make_runner(model, s, process, shard=False):
     if shard:
         if process.world == 1:
             raise UserError("--shard: spreads a model over ranks; start the command with torchrun")
-        mesh = dist.init_device_mesh(process.device.type, (process.world,))
         layers = {p for n, p in model.layers.named_parameters() if ".adapters." not in n}
         for module in [*model.layers, model]:
-            fully_shard(module, mesh=mesh, ignored_params=set(model.parameters()) - layers)
+            fully_shard(module, ignored_params=set(model.parameters()) - layers)
     if on_gpu := process.device.type == "cuda":
         model.compile_layers()
     return Runner(model, on_gpu and not shard, s.checkpoint_activations)
@@ -115,15 +112,7 @@ def learning_rate(step, steps, peak, warmup):
     return peak * 0.5 * (1 + math.cos(math.pi * (step - warm + 1) / (steps - warm + 1)))
 
 
-def fitting(examples, task, s, process):
-    """The examples that fit into a row. Says how many do not."""
-    kept = [e for e in examples if task.length(e) <= s.row_tokens]
-    if skipped := len(examples) - len(kept):
-        process.say(f"skipped {skipped} examples longer than --row-tokens {s.row_tokens}")
-    return kept
-
-
-def train(task, examples, valid, s, process, out, lr, epochs, max_steps):
+def train(task, examples, s, process, out):
     """Trains `task` on `examples` in the locked run directory `out`, or goes on with what is there.
 
     Writes metrics.jsonl, what task.save writes, and finished.json. resume.safetensors is there
@@ -133,28 +122,34 @@ def train(task, examples, valid, s, process, out, lr, epochs, max_steps):
         process.say(f"{out}: is finished already")
         task.load(out)
     else:
-        examples, valid = (fitting(x, task, s, process) for x in (examples, valid))
-        if min(len(examples), s.batch_size) < process.world:
-            raise UserError("--batch-size, --row-tokens: each rank needs an example that fits")
-        steps = max_steps or math.ceil(epochs * len(examples) / s.batch_size)
-        Trainer(task, examples, valid, s, process, out, lr, steps).loop()
-        gc.collect()  # recorded graphs hold memory
+        fitting = [e for e in examples if task.length(e) <= s.row_tokens]
+        if skipped := len(examples) - len(fitting):
+            process.say(f"skipped {skipped} examples longer than --row-tokens {s.row_tokens}")
+        if not fitting or s.batch_size % process.world or not s.batch_size:
+            raise UserError(
+                "--row-tokens: no example fits; or --batch-size: ranks need equal shares"
+            )
+        Trainer(task, fitting, s, process, out).loop()
+        task.run.recorded.clear()  # of what learned now; what learns next may differ
+        gc.collect()
     barrier()
     (out / "resume.safetensors").unlink(missing_ok=True)
 
 
 class Trainer:
-    def __init__(self, task, examples, valid, s, process, out, lr, steps):
-        self.task, self.examples, self.valid, self.s = task, examples, valid, s
-        self.process, self.out, self.lr, self.steps = process, out, lr, steps
+    def __init__(self, task, examples, s, process, out):
+        self.task, self.examples, self.s, self.process, self.out = task, examples, s, process, out
+        self.steps = s.max_steps or math.ceil(s.epochs * len(examples) / s.batch_size)
         device, share = process.device, s.batch_size / process.world
         task.to(device).train()
-        self.shape = row_shape([*map(task.length, examples + valid)], share, s.row_tokens, device)
+        self.shape = row_shape([*map(task.length, examples)], share, s.row_tokens, device)
         self.learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
-        for p in self.learned.values():  # CUDA graphs reuse the memory of their gradients: backward
-            p.grad = torch.zeros_like(p)  # must add to a tensor that is there
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.learned.values(), **ADAMW, fused=fused)
+        for p in self.learned.values():
+            p.grad = torch.zeros_like(p)  # CUDA graphs reuse their memory: backward adds to it
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = moments | {"step": torch.zeros((), device=p.device)}
         self.ddp = task
         if process.world > 1:
             options = dict(broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
@@ -167,28 +162,20 @@ class Trainer:
         first, s, main = self.progress["steps"], self.s, self.process.main
         self.announce(first)
         kept = {self.steps * i // (s.keep + 1) for i in range(1, s.keep + 1)}
-        begin, next_save = time.time() - self.progress["seconds"], time.time() + 10
+        begin, next_save = time.time() - self.progress["seconds"], 0.0
+        upcoming = self.batch(first)
         bar = tqdm(range(first, self.steps), self.out.name, disable=not main, mininterval=1)
-        with Stopper() as stopper:
-            upcoming = self.batch(first)
-            for step in bar:
-                batch, upcoming = upcoming, self.batch(step + 1)  # packed while the GPU is busy
-                self.step(step, *batch)
-                bar.set_postfix(loss=self.progress["loss"], refresh=False)
-                done, stop = step + 1, self.process.sum([stopper.asked])[0] > 0
-                now, last = time.time(), done == self.steps
-                self.progress["seconds"] = now - begin
-                if self.valid and (done % max(1, self.steps // 10) == 0 or last):
-                    self.validate()
-                due = done % s.save_every == 0 if s.save_every else now > next_save
-                if main and (due or stop or last):
-                    self.save()
-                    next_save = now + max(10, 20 * (time.time() - now))  # 5% of the time is saving
-                if main and done in kept:
-                    self.finish(self.out / f"step-{done}")
-                if stop and not last:
-                    self.process.say(f"{self.out}: stopped after step {done}; the command goes on")
-                    raise KeyboardInterrupt
+        for step in bar:
+            batch, upcoming = upcoming, self.batch(step + 1)  # packed while the GPU is busy
+            self.step(step, *batch)
+            bar.set_postfix(loss=self.progress["loss"], refresh=False)
+            now = time.time()
+            self.progress["seconds"] = now - begin
+            if main and (now >= next_save or step + 1 == self.steps):
+                self.save()  # takes at most 5% of the time
+                next_save = now + (s.save_every and max(s.save_every, 20 * (time.time() - now)))
+            if main and step + 1 in kept:
+                self.finish(self.out / f"step-{step + 1}")
         barrier()  # no rank still reads the state that is about to go
         if main:
             self.finish(self.out)
@@ -197,97 +184,80 @@ class Trainer:
     def batch(self, step):
         """The examples of a step, and this rank's rows of it."""
         indices = batch_indices(step, self.s.batch_size, len(self.examples), self.s.seed)
-        batch = [self.examples[i] for i in indices]
-        return batch, self.rows(batch)
+        examples = [self.examples[i] for i in indices]
+        return examples, self.rows(examples)
 
     def rows(self, examples):
-        """This rank's rows of `examples`, being packed, with weight 1.
+        """This rank's rows of `examples`, being packed."""
+        rank, world, lengths = (
+            self.process.rank,
+            self.process.world,
+            map(self.task.length, examples),
+        )
+        rows = distribute([*lengths], world, self.shape.tokens, self.shape.examples)[rank::world]
+        mine = ([examples[i] for i in row] for row in rows)
+        return [self.builder.submit(self.task.pack, x, self.shape) for x in mine]
 
-        Or 0 where a row only repeats another: all ranks get as many rows, since they gather sharded
-        layers together.
-        """
-        lengths, world = [*map(self.task.length, examples)], self.process.world
-        rows = distribute(lengths, world, self.shape.tokens, self.shape.examples)
-        mine = rows[self.process.rank :: world]
-        weights = [1.0] * len(mine) + [0.0] * (-(-len(rows) // world) - len(mine))
-        chosen = ([examples[i] for i in indices] for indices in mine + rows[:1])
-        return [(self.builder.submit(self.task.pack, x), w) for x, w in zip(chosen, weights)]
-
-    def means(self, examples, rows, learn):
-        """The loss of `examples` and its parts, from the rows of all ranks. `learn`: backward."""
-        device, weights, world = self.process.device, self.task.weights, self.process.world
+    def backward(self, examples, rows):
+        """The gradient of the mean loss of `examples`. Returns {part: mean} over all ranks."""
+        process, weights = self.process, self.task.weights
         counts, sums = self.task.counts(examples), dict.fromkeys(weights, 0.0)
-        for i, (row, weight) in enumerate(rows):
+        for i, row in enumerate(rows):
             # ranks exchange gradients in the last backward only
             self.ddp.require_backward_grad_sync = i == len(rows) - 1
-            parts = (self.ddp if learn else self.task)(to_device(row.result(), device, self.shape))
-            if learn:
-                loss = sum(w * parts[k] / counts[k] for k, w in weights.items())
-                (world * weight * loss).backward()  # DDP averages over ranks
-            sums = {k: x + weight * parts[k].detach() for k, x in sums.items()}
-        means = {k: x / counts[k] for k, x in zip(sums, self.process.sum(sums.values()))}
-        return {"loss": sum(weights[k] * x for k, x in means.items())} | means
+            parts = self.ddp(to_device(row.result(), process.device))
+            loss = sum(w * parts[k] / counts[k] for k, w in weights.items())
+            (process.world * loss).backward()  # DDP averages over ranks
+            sums = {k: x + parts[k].detach() for k, x in sums.items()}
+        return {k: x / counts[k] for k, x in zip(sums, process.sum(sums.values()))}
 
-    def step(self, step, batch, rows):
+    def step(self, step, examples, rows):
         """One optimizer step."""
-        begin, task = time.time(), self.task
-        torch.manual_seed(hash((self.s.seed, step, self.process.rank)))  # dropout, noise: resumable
-        means = self.means(batch, rows, learn=True)
-        rate = learning_rate(step, self.steps, self.lr, self.s.warmup)
+        begin, s, task = time.time(), self.s, self.task
+        torch.manual_seed(hash((s.seed, step, self.process.rank)))  # dropout, noise: resumable
+        means = self.backward(examples, rows)
+        loss = sum(task.weights[k] * x for k, x in means.items())
+        rate = learning_rate(step, self.steps, s.lr, s.warmup)
         self.optimizer.param_groups[0]["lr"] = rate
         norm = float(nn.utils.clip_grad_norm_(self.learned.values(), CLIP))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        loss = means["loss"]
-        if not math.isfinite(loss + norm):
+        if self.process.main and not math.isfinite(loss + norm):
             what = f"{self.out}: at step {step + 1} the loss is {loss:.4g}, its gradient {norm:.4g}"
-            raise UserError(f"{what}; begin again in another --out with a smaller --lr", True)
+            raise UserError(f"{what}; begin again in another --out with a smaller --lr")
         self.progress |= {"steps": step + 1, "loss": loss}
-        tokens = sum(num_tokens(name, e, task.r) for e in batch for name in task.layouts)
+        tokens = sum(num_tokens(name, e, task.r) for e in examples for name in task.layouts)
         speed = round(tokens / (time.time() - begin))
-        self.record(step=step + 1, **means, lr=rate, grad_norm=norm, tokens_per_s=speed)
-
-    @torch.no_grad()
-    def validate(self):
-        """Records the loss of the validation examples, without noise and dropout."""
-        self.task.eval()
-        means = self.means(self.valid, self.rows(self.valid), learn=False)
-        self.task.train()
-        self.progress["valid"] = means["loss"]
-        self.record(step=self.progress["steps"], **{f"valid_{k}": x for k, x in means.items()})
+        line = {"step": step + 1, "loss": loss, **means, "lr": rate, "grad_norm": norm}
+        if self.process.main:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(line | {"tokens_per_s": speed}) + "\n")
 
     def announce(self, first):
         """Says what is trained on what. Drops metrics behind the state from which a run goes on."""
         learned, path = sum(p.numel() for p in self.learned.values()), self.out / "metrics.jsonl"
         self.process.say(
             f"{self.out}: {learned:,} parameters learn from {len(self.examples)} examples of "
-            f"{self.s.data}, steps {first + 1} to {self.steps} of {self.s.batch_size}, on "
+            f"{self.s.data}, steps {first + 1} to {self.steps}, on "
             f"{self.process.world} x {self.process.device}"
         )
         if self.process.main:
-            lines = path.read_text().splitlines(True) if path.exists() else []
-            whole = [x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= first]
-            write_text(path, "".join(whole))
+            lines = path.read_text().splitlines() if path.exists() else []
+            write_text(path, "".join(line + "\n" for line in lines[:first]))
 
-    def record(self, **values):
-        """Appends a line to metrics.jsonl."""
-        if self.process.main:
-            with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(values) + "\n")
+    def state(self):
+        """{name: tensor} of what learns, and of the optimizer."""
+        named = ((n, {"parameter": p} | self.optimizer.state[p]) for n, p in self.learned.items())
+        return {f"{key}/{n}": x.data for n, tensors in named for key, x in tensors.items()}
 
     def save(self):
-        tensors = {f"parameter/{n}": p for n, p in self.learned.items()}
-        for n, p in self.learned.items():
-            tensors |= {f"{key}/{n}": x for key, x in self.optimizer.state[p].items()}
-        write_tensors(self.out / "resume.safetensors", tensors, self.progress)
+        write_tensors(self.out / "resume.safetensors", self.state(), self.progress)
 
     def load(self):
         path = self.out / "resume.safetensors"
         tensors, self.progress = read_tensors(path, self.process.device)
-        for n, p in self.learned.items():
-            p.data.copy_(tensors[f"parameter/{n}"])
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            self.optimizer.state[p] = {key: tensors[f"{key}/{n}"] for key in keys}
+        for key, x in self.state().items():
+            x.copy_(tensors[key])
 
     def finish(self, out):
         """Writes a model: the last one, or one on the way, which is as good as a run."""

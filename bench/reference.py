@@ -101,15 +101,14 @@ def phase2_loss(model, batch, examples) -> torch.Tensor:
     """Phase 2 on a padded batch: CE on the answer, KL at the position before each latent."""
     E = backbone(model).get_input_embeddings().weight
     device = E.device
-    probs = torch.cat([e.probs for e in examples]).float().to(device)
-    ids = torch.cat([e.ids for e in examples]).long().to(device)
+    probs, ids = (torch.cat(x) for x in zip(*(e.alpha for e in examples)))
+    probs, ids = probs.float().to(device), ids.long().to(device)
     z = torch.einsum("nk,nkd->nd", probs.to(E.dtype), E[ids])
     embeds = E[batch["ids"]].masked_scatter(batch["is_latent"][..., None], z)
     logits = backbone(model).lm_head(hidden_states(model, batch, embeds)).float()
     ce = F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
     log_q = logits.log_softmax(-1)[:, :-1][batch["is_latent"][:, 1:]].gather(-1, ids)
     kl = (torch.xlogy(probs, probs) - probs * log_q).sum(-1)
-    weights = torch.cat([torch.full((len(e.probs),), 1 / len(e.probs)) for e in examples]).to(
-        device
-    )
+    sizes = torch.tensor([len(e.alpha[0]) for e in examples], device=device)
+    weights = (1 / sizes).repeat_interleave(sizes)
     return ce + (weights * kl).sum() / len(examples)

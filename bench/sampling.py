@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402
 from lib.files import read_jsonl  # noqa: E402
 from lib.run import join  # noqa: E402
 from lib.tokenizer import Tokenizer  # noqa: E402
-from load_hf_weights import hf_name, read_config  # noqa: E402
+from load_hf_weights import Reasoning, hf_name, read_config  # noqa: E402
 from sample import Sampler, SamplingParams  # noqa: E402
 
 
@@ -63,15 +63,8 @@ def reference(hf, prompts, k: int, num_latents: int, end: int, num_tokens: int) 
     return list(zip(*(torch.stack(x, dim=1).tolist() for x in (thoughts, tokens))))
 
 
-def params_of(thinking: str, k: int, latents: int, tokens: int) -> SamplingParams:
-    return SamplingParams(
-        model="",
-        thinking=thinking,
-        top_k=k,
-        max_latents=latents,
-        max_new_tokens=tokens,
-        temperature=0.0,
-    )
+def params_of(latents: int, tokens: int) -> SamplingParams:
+    return SamplingParams(model="", max_latents=latents, max_new_tokens=tokens, temperature=0.0)
 
 
 def main():
@@ -95,8 +88,8 @@ def main():
         model = base_model(args, device)
         end = args.config.vocab_size - 1  # nobody chooses it, and no end of turn comes
 
-        def make(params, size):
-            return Sampler(model, [end], -1, params, size)
+        def make(thinking, params, size):
+            return Sampler(model, Reasoning(thinking, args.top_k), ([end], -1), params, size)
 
         beside_transformers(make, model, prompts, end, args)
     for batch, size in ((prompts[:1], 1), (prompts, args.batch_size)):
@@ -105,11 +98,13 @@ def main():
 
 def beside_transformers(make, model, prompts, end: int, args) -> None:
     """Prints problems per second of ours and of the references, and how many results agree."""
-    work = params_of("latent", args.top_k, args.latents, args.answer)
-    many, single, few = make(work, args.batch_size), make(work, 1), prompts[: args.one_by_one]
+    work = params_of(args.latents, args.answer)
+    many, single = (make("latent", work, size) for size in (args.batch_size, 1))
+    few = prompts[: args.one_by_one]
 
     def ours(sampler, batch):
-        return [(r.ids[:, 0].tolist(), r.tokens) for r in sampler.generate(batch)]
+        found = sorted(sampler.generate(batch), key=lambda x: x[0])
+        return [([int(ids[0]) for _, ids in r.latents], r.tokens) for _, r in found]
 
     sides = [
         (f"ours, {args.batch_size} at a time", prompts, lambda: ours(many, prompts)),
@@ -162,12 +157,12 @@ def thinking(make, mode: str, steps: int, prompts, size: int, args) -> float:
     """Seconds in which a batch thinks for so many steps, in text or in latents."""
     seconds = []
     for n in (steps + 2, 2):
-        sampler = make(params_of(mode, args.top_k, n, n + 2 if mode == "text" else 2), size)
-        sampler.generate(prompts)
+        sampler = make(mode, params_of(n, n + 2 if mode == "text" else 2), size)
 
         def run(sampler=sampler):
-            sampler.generate(prompts)
+            dict(sampler.generate(prompts))
 
+        run()
         seconds.append(min(timed(run, sampler.device) for _ in range(3)))
     return seconds[0] - seconds[1]
 

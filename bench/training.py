@@ -13,7 +13,9 @@ difference is printed. Real tokens are counted (both layouts of phase 1; no padd
 
 import argparse
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from functools import partial
+import gc
 import json
 import math
 import os
@@ -44,7 +46,7 @@ from masks import RULES, dense  # noqa: E402
 from model import Model, rotary_frequencies  # noqa: E402
 from train_phase1 import LEARNS, Encoder, Phase1  # noqa: E402
 import train_phase2  # noqa: E402
-from train_phase2 import LatentExample, Phase2  # noqa: E402
+from train_phase2 import Phase2  # noqa: E402
 from trainer import Trainer, TrainingSettings, make_runner  # noqa: E402
 
 LLAMA3 = dict(rope_type="llama3", factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0)
@@ -156,16 +158,33 @@ def ours(phase: int, world: int, batches, args, process):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     s = TrainingSettings(
-        data="", out="", batch_size=len(batches[0]), row_tokens=args.row_tokens, warmup=0.0
+        data="",
+        out="",
+        lr=1e-6,
+        max_steps=100,
+        batch_size=len(batches[0]),
+        row_tokens=args.row_tokens,
+        warmup=0.0,
     )
-    examples, out = sum(batches, []), Path(tempfile.mkdtemp())
-    trainer = Trainer(task, examples, batches[0], s, process, out, 1e-6, 100)
+    trainer = Trainer(task, sum(batches, []), s, process, Path(tempfile.mkdtemp()))
     trainer.announce(0)
     rows = [trainer.rows(batch) for batch in batches]
-    for row, _ in sum(rows, []):
+    for row in sum(rows, []):
         row.result()  # packed
-    trainer.validate()
-    return lambda i: trainer.step(i, batches[i], rows[i]), trainer.progress["valid"]
+    loss = without_dropout(trainer, batches[0], rows[0])
+    return lambda i: trainer.step(i, batches[i], rows[i]), loss
+
+
+@torch.no_grad()
+def without_dropout(trainer, examples, rows) -> float:
+    """The loss of `examples`, of which this rank has `rows`."""
+    task, process, total = trainer.task.eval(), trainer.process, 0.0
+    counts = task.counts(examples)
+    for row in rows:
+        parts = task(data.to_device(row.result(), process.device))
+        total += sum(float(w * parts[k] / counts[k]) for k, w in task.weights.items())
+    task.train()
+    return process.sum([total])[0]
 
 
 def theirs(phase: int, batches, args, process):
@@ -234,6 +253,7 @@ def measured(sides, args, process, profile_to=None) -> list:
     """
     device = process.device
     torch._dynamo.reset()
+    gc.collect()  # recorded graphs of the phase before
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -317,17 +337,16 @@ def parser(description: str) -> argparse.ArgumentParser:
     return p
 
 
-def latent_examples(examples, args) -> list[LatentExample]:
+def latent_examples(examples, args) -> list[data.Example]:
     """The examples with random alpha."""
     generator = torch.Generator().manual_seed(1)
 
     def alpha(n):
         probs = torch.rand(n, args.top_k, generator=generator).softmax(-1)
         ids = [torch.randperm(1000, generator=generator)[: args.top_k] for _ in range(n)]
-        return dict(probs=probs, ids=torch.stack(ids))
+        return probs, torch.stack(ids)
 
-    r = args.compression
-    return [LatentExample(**vars(e), **alpha(data.num_latents(e, r))) for e in examples]
+    return [replace(e, alpha=alpha(data.num_latents(e, args.compression))) for e in examples]
 
 
 def main():

@@ -16,9 +16,9 @@ import random
 
 import torch
 
-from eval import table
 from experiments.figures import draw_latents, draw_masks
-from experiments.pipeline import Pipeline
+from experiments.pipeline import Pipeline, RunSettings
+from experiments.report import report
 from lib.cli import parse
 from lib.files import read_jsonl, write_json, write_tensors, write_text
 from lib.run import output_directory
@@ -50,10 +50,7 @@ EVAL = dict(temperature=0, max_latents=20, max_new_tokens=40, batch_size=250)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
-    out: str = "demo"  # directory of everything that is made
-    rates: tuple[int, ...] = (2,)  # compression rates to train
-    seed: int = 1  # of the machine, the problems and the weights
+class Settings(RunSettings):
     device: str = "cpu"  # cpu or cuda; the model is small
 
 
@@ -70,10 +67,10 @@ def make_example(rng: random.Random, buttons: dict[str, list[int]]) -> dict:
 
 
 def write_task(out: Path, seed: int) -> None:
-    """train, valid and test .jsonl: 20,000, 200 and 500 different problems about one machine."""
+    """train and test .jsonl: 20,000 and 500 different problems about one machine."""
     rng, seen = random.Random(seed), set()
     buttons = {name: rng.sample(range(10), 10) for name in "abcd"}
-    for name, count in (("train", 20000), ("valid", 200), ("test", 500)):
+    for name, count in (("train", 20000), ("test", 500)):
         lines = []
         while len(lines) < count:
             example = make_example(rng, buttons)
@@ -140,34 +137,15 @@ def main():
         if not (out / "base" / "model.safetensors").exists():
             write_task(out, s.seed)
             write_model(out / "base", s.seed)
-        run = Pipeline("demo", out, s.seed, s.device)
-        data, tests = (
-            dict(data=out / "train.jsonl", valid=out / "valid.jsonl"),
-            [out / "test.jsonl"],
-        )
-        cot = run.train("train_sft.py", "cot", model=out / "base", **data, **SFT)
-        direct = run.train(
-            "train_sft.py", "answer-only", model=out / "base", no_chain=True, **data, **SFT
-        )
-        rows = {
-            "answer-only": run.evaluate(direct, tests, **EVAL)["test.free"],
-            "CoT-SFT": run.evaluate(cot, tests, **EVAL)["test.free"],
-        }
+        run, tests = Pipeline("demo", out, s), [out / "test.jsonl"]
+        data = {"data": out / "train.jsonl"}
+        cot = run.baselines(SFT | data | {"model": out / "base"}, tests, EVAL)
         for r in s.rates:
             phase1 = PHASE1 | {"compression": r}
             latent = run.latent(f"latent-r{r}", cot, phase1=phase1, phase2=PHASE2, **data)
-            found = run.evaluate(latent, tests, arms=("free", "random"), **EVAL)
-            rows[f"Latent r={r}"] = found["test.free"]
-            rows[f"Latent r={r}, its latents replaced by random ones"] = found["test.random"]
+            run.rows(f"Latent r = {r}", latent, tests, ("free", "random"), **EVAL)
         draw(out, s.rates[0])
-        cells, whole = [], rows["CoT-SFT"]["chain_length"]
-        for name, x in rows.items():
-            accuracy, length = f"{x['accuracy']:.1f}% ± {x['interval']:.1f}", x["chain_length"]
-            seconds = f"{x['seconds_per_problem']:.4f}"
-            cells.append([name, accuracy, f"{length:.1f}", f"{length / whole:.2f}", seconds])
-        head = ["", "accuracy (95% interval)", "chain length", "of CoT's", "seconds per problem"]
-        write_text(out / "table.md", text := table(head, cells))
-        print(f"\n{out}/masks.svg, {out}/latents.svg, {out}/table.md:\n\n{text}", end="")
+        print(f"\n{report(out)}\n{out}/masks.svg, latents.svg, demo.svg, table.md")
 
 
 if __name__ == "__main__":

@@ -29,28 +29,24 @@ def draw_masks(path, parts: list[list[str]], r: int) -> None:
 
     `parts` are the texts of the tokens of prompt, chain, </think> and answer.
     """
-    numbers = iter(range(1, 1 + sum(map(len, parts))))
+    texts = ["", *sum(parts, [])]
+    numbers = iter(range(1, len(texts)))
     example = Example(*([next(numbers) for _ in part] for part in parts))
-    texts = [""] + sum(parts, [])
     figure, axes = plt.subplots(1, 2, figsize=(12, 6))
     for axis, name in zip(axes, ("encoder", "decoder")):
         row = pack_examples(name, [example], r)
         kinds, allowed = row.labels.kind.tolist(), dense(RULES[name], row.labels).numpy()
-        image = np.ones((*allowed.shape, 3))
-        for key, kind in enumerate(kinds):
-            image[allowed[:, key], key] = matplotlib.colors.to_rgb(COLORS[kind])
-        axis.imshow(image)
+        colors = np.array([matplotlib.colors.to_rgb(COLORS[kind]) for kind in kinds])
+        axis.imshow(np.where(allowed[..., None], colors, 1.0))
         names = [printable(texts[i]) for i in row.ids.tolist()]
         for i, at in enumerate(row.latent_index.tolist(), 1):
-            names[at] = ("L" if name == "encoder" else "Z") + str(i)
+            names[at] = f"{'L' if name == 'encoder' else 'Z'}{i}"
         axis.set_xticks(range(len(names)), names, rotation=90)
         labels = [f"{x}  {p:2d}" for x, p in zip(names, row.position_ids.tolist())]
         axis.set_yticks(range(len(names)), labels)
         axis.set_title(f"{name}: {RULES[name].__name__} mask, r = {r} (right of a token: position)")
-        axis.set_xticks(np.arange(len(names)) - 0.5, minor=True)
-        axis.set_yticks(np.arange(len(names)) - 0.5, minor=True)
-        axis.grid(which="minor", color="white", linewidth=2)
-        axis.tick_params(which="both", length=0)
+        axis.hlines(np.arange(len(names)) - 0.5, -0.5, len(names) - 0.5, color="white")
+        axis.vlines(np.arange(len(names)) - 0.5, -0.5, len(names) - 0.5, color="white")
     save(figure, path)
 
 

@@ -13,20 +13,18 @@ from dataclasses import dataclass
 import gzip
 from pathlib import Path
 
-from experiments.pipeline import TaskSettings, begin
+from experiments.pipeline import ARMS, BOTH, Pipeline, TaskSettings
 from lib.cli import parse
 from lib.files import write_text
+from lib.run import output_directory
 
 TESTS = ("gsm8k-test", "svamp-test", "multiarith-test", "gsm-hard-test")
-BOTH = dict(lr=5e-4, batch_size=128, row_tokens=17408)
 EVAL = dict(temperature=0, max_latents=64, max_new_tokens=160, batch_size=512)
-ARMS = ("free", "random", "other", "argmax", "cut-4")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TaskSettings):
     minutes: float = 14.0  # scales the epochs: about the minutes of one H100
-    rates: tuple[int, ...] = (2, 4)  # compression rates
 
 
 def lines_of(path, limit):
@@ -36,10 +34,10 @@ def lines_of(path, limit):
 
 def main():
     s = parse(Settings, __doc__)
-    directory, run = begin(s, "gsm8k")
     limit, source, scale = 4 if s.smoke else None, Path(s.data), s.minutes / 60
     names = TESTS[:1] if s.smoke else TESTS
-    with directory as out:
+    with output_directory(s.out, s, command="gsm8k") as out:
+        run = Pipeline("gsm8k", out, s)
         more = source / "gsm8k-sub-train.jsonl.gz"
         lines = 3 * lines_of(source / "gsm8k-train.jsonl", limit)
         lines += lines_of(more, limit) if more.exists() else []
@@ -47,13 +45,9 @@ def main():
         for name in ("gsm8k-valid", *names):
             write_text(out / f"{name}.jsonl", "".join(lines_of(source / f"{name}.jsonl", limit)))
         valid, tests = out / "gsm8k-valid.jsonl", [out / f"{name}.jsonl" for name in names]
-        files, sft = {"data": out / "train.jsonl"}, dict(BOTH, epochs=4 * scale)
-        direct = run.train(
-            "train_sft.py", "answer-only", model=s.model, no_chain=True, **files, **sft
-        )
-        cot = run.train("train_sft.py", "cot", model=s.model, **files, **sft)
-        run.rows("answer-only", direct, tests, **EVAL)
-        run.rows("CoT-SFT", cot, tests, **EVAL)
+        files = {"data": out / "train.jsonl"}
+        sft = dict(BOTH, model=s.model, epochs=4 * scale, **files)
+        cot = run.baselines(sft, tests, EVAL)
         epochs = [x * scale for x in (0.35, 0.15, 1.0)]
         phase1 = dict(BOTH, warmup=0.1, w_segment=1, epochs=epochs)
         phase2 = dict(BOTH, all_weights=True, scheduled_sampling=0.5, keep=2, epochs=12 * scale)

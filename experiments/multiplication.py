@@ -14,20 +14,18 @@ import json
 from pathlib import Path
 import random
 
-from experiments.pipeline import TaskSettings, begin
+from experiments.pipeline import ARMS, BOTH, Pipeline, TaskSettings
 from lib.cli import parse
 from lib.files import read_jsonl, write_text
+from lib.run import output_directory
 
-BOTH = dict(lr=5e-4, batch_size=128, row_tokens=17408)
 EVAL = dict(temperature=0, max_latents=128, max_new_tokens=160, batch_size=512)
-ARMS = ("free", "random", "other", "argmax", "cut-4")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TaskSettings):
     digits: int = 4  # of each factor
     problems: int = 131072  # to train on
-    rates: tuple[int, ...] = (2, 4)  # compression rates
     scale: float = 1.0  # of all numbers of steps
 
 
@@ -59,17 +57,15 @@ def write_train(path, tests, s):
 def main():
     s = parse(Settings, __doc__)
     name = f"multiplication-{s.digits}x{s.digits}"
-    directory, run = begin(s, name)
-    with directory as out:
+    with output_directory(s.out, s, command=name) as out:
+        run = Pipeline(name, out, s)
         tests = [out / f"{name}-test.jsonl"]
         lines = (Path(s.data) / tests[0].name).read_text().splitlines(True)
         write_text(tests[0], "".join(lines[: 4 if s.smoke else None]))
         if not (out / "train.jsonl").exists():
             write_train(out / "train.jsonl", Path(s.data) / tests[0].name, s)
         files, steps = {"data": out / "train.jsonl"}, lambda n: {"max_steps": int(n * s.scale)}
-        sft = dict(BOTH, model=s.model, **files)
-        cot = run.train("train_sft.py", "cot", **sft, **steps(500))
-        run.rows("CoT-SFT", cot, tests, **EVAL)
+        cot = run.baselines(dict(BOTH, model=s.model, **files, **steps(500)), tests, EVAL)
         for r in s.rates:
             many = [int(n * s.scale) for n in (100, 100, 1000)]
             phase1 = dict(BOTH, compression=r, warmup=0.1, max_steps=many, w_segment=1)
@@ -78,8 +74,6 @@ def main():
             for kept in sorted(latent.glob("step-*")):
                 run.rows(f"Latent r = {r}, {kept.name}", kept, tests, **EVAL)
             run.rows(f"Latent r = {r}", latent, tests, ARMS, **EVAL)
-        direct = run.train("train_sft.py", "answer-only", no_chain=True, **sft, **steps(500))
-        run.rows("answer-only", direct, tests, **EVAL)
 
 
 if __name__ == "__main__":

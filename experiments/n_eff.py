@@ -4,10 +4,9 @@
         --out runs/n_eff
 
 Lets the model think about the problems of the files (training lines). Writes OUT/n_eff.json, the
-means, OUT/n_eff.jsonl, one line a problem, and OUT/latents.svg, the first problem's latents beside
-its chain. N_eff is for problems for which the files have two different chains or more; the model's
-latents are compared with those that the encoder of its phase 1 makes of the chains. See
-docs/METHOD.md.
+means, and OUT/n_eff.problems.jsonl, one line a problem. N_eff is for problems for which the
+files have two different chains or more; the model's latents are compared with those that the
+encoder of its phase 1 makes of the chains. See docs/METHOD.md.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line
@@ -21,22 +20,10 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import BLOCK, Runner
-from data import (
-    Example,
-    RowShape,
-    layout,
-    pack,
-    read_jsonl,
-    reading,
-    segments,
-    text_field,
-    to_device,
-)
-from data import written_chain
-from experiments.figures import draw_latents
+from data import Example, RowShape, layout, pack, segments, text_field, to_device, written_chain
 from latents import entropy, superpose
 from lib.cli import parse
-from lib.files import read_json, write_json, write_text
+from lib.files import read_json, read_jsonl, reading, write_json, write_text
 from lib.run import join, output_directory
 from load_hf_weights import base_dtype, load_model
 from masks import RULES
@@ -98,9 +85,9 @@ def effective_paths(scores):
 
 def whole_row(name, example, parts, device):
     """One example as a packed row on `device`."""
-    row = pack(name, [layout(name, example, parts)])
-    tokens, longest = -(-len(row.ids) // BLOCK) * BLOCK, max(row.labels.longest, BLOCK)
-    return to_device(row, device, RowShape(tokens, 1, 3, longest))
+    laid = layout(name, example, parts)
+    tokens = -(-len(laid[0]) // BLOCK) * BLOCK
+    return to_device(pack(name, [laid], RowShape(tokens, 1, 2, tokens)), device)
 
 
 @torch.no_grad()
@@ -144,53 +131,49 @@ def ecr(top_ids, parts):
     return {K: sum(t in ids[:K] for ids, part in pairs for t in part) / len(pairs) for K in ECR}
 
 
+def measure(problem, chains, prompt, result, tokenizer, encoder, run, rng):
+    """The line of results about one problem: a dictionary of numbers."""
+    probs, ids = (torch.from_numpy(np.stack(x)) for x in zip(*result.latents))
+    found = distributions(run, prompt, probs, ids)
+    line = {"problem": problem, "entropy": float(entropy(probs).mean())}
+    line |= {f"ecr@{K}": x for K, x in ecr(found[2], segments(chains[0], encoder.r)).items()}
+    long = [c for c in chains if len(c) >= len(ids)]
+    if len(long) > 1:  # else there is nothing to tell apart
+        value, chance = n_eff(encoder, prompt, long, tokenizer.end_think, *found, rng)
+        line |= {"paths": len(long), "n_eff": value, "random": chance}
+    return line
+
+
 def main():
     s = parse(Settings, __doc__)
-    process = join(s.device)
-    if not process.main:
-        return  # these few problems are rank 0's
-    solutions = dict(list(load_solutions(s.data).items())[: s.problems])
-    model, tokenizer, reasoning = load_model(s.model, process.device, base_dtype(process.device))
-    start = read_json(f"{s.model}/config.json")["phase1"]
-    base = read_json(f"{start}/config.json")["start"]
-    base, _, _ = load_model(base, process.device, base_dtype(process.device))
-    encoder, run, r = load_encoder(start, Runner(base)), Runner(model.eval()), reasoning.compression
+    device = join(s.device).device
+    dtype, solutions = base_dtype(device), [*load_solutions(s.data).items()][: s.problems]
+    model, tokenizer, reasoning = load_model(s.model, device, dtype)
+    phase1 = read_json(f"{s.model}/config.json")["phase1"]
+    base, _, _ = load_model(read_json(f"{phase1}/config.json")["start"], device, dtype)
+    encoder, run = load_encoder(phase1, Runner(base)), Runner(model.eval())
     budgets = dict(max_latents=s.max_latents, max_new_tokens=64, temperature=0.0)
-    params = SamplingParams(model="", thinking="latent", top_k=reasoning.top_k, **budgets)
-    ends = tokenizer.end_think, tokenizer.end_of_turn
-    prompts = [tokenizer.prompt(problem) for problem in solutions]
-    results = Sampler(model, *ends, params, s.batch_size).generate(prompts)
-    rng, lines = np.random.default_rng(s.seed), []
+    params, ends = (
+        SamplingParams(model=s.model, **budgets),
+        (tokenizer.end_think, tokenizer.end_of_turn),
+    )
+    prompts = [tokenizer.prompt(problem) for problem, _ in solutions]
+    results = dict(Sampler(model, reasoning, ends, params, s.batch_size).generate(prompts))
     with output_directory(s.out, s) as out:
-        for (problem, texts), prompt, result in zip(tqdm(solutions.items()), prompts, results):
-            if not len(result.ids):
-                continue
-            chains = [tokenizer.encode(text) for text in texts]
-            found = distributions(run, prompt, result.probs, result.ids)
-            line = {"problem": problem, "entropy": float(entropy(result.probs).mean())}
-            line |= {f"ecr@{K}": x for K, x in ecr(found[2], segments(chains[0], r)).items()}
-            long = [c for c in chains if len(c) >= len(result.ids)]
-            if len(long) > 1:  # else there is nothing to tell apart
-                value, chance = n_eff(encoder, prompt, long, tokenizer.end_think, *found, rng)
-                line |= {"paths": len(long), "n_eff": value, "random": chance}
-            lines.append(line)
-        write_text(out / "n_eff.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
+        lines, rng = [], np.random.default_rng(s.seed)
+        for i, ((problem, texts), prompt) in enumerate(zip(tqdm(solutions), prompts)):
+            if (result := results[i]).latents:
+                chains = [tokenizer.encode(text) for text in texts]
+                models = tokenizer, encoder, run
+                lines.append(measure(problem, chains, prompt, result, *models, rng))
+        write_text(out / "n_eff.problems.jsonl", "".join(json.dumps(x) + "\n" for x in lines))
         summary = {"problems": len(lines)}
         for key in {key for line in lines for key in line} - {"problem"}:
             summary[key] = float(np.mean([line[key] for line in lines if key in line]))
         if "n_eff" in summary:
             summary["ratio"] = summary["n_eff"] / summary["random"]
         write_json(out / "n_eff.json", summary)
-        (problem, texts), first, decode = (
-            next(iter(solutions.items())),
-            results[0],
-            tokenizer.decode,
-        )
-        top = [zip(p[:5], ids[:5]) for p, ids in zip(first.probs.tolist(), first.ids.tolist())]
-        shown = [[[decode([i]), p] for p, i in latent] for latent in top]
-        chain = [decode(x) for x in segments(tokenizer.encode(texts[0]), r)]
-        draw_latents(out / "latents.svg", problem, chain, shown, decode(first.tokens))
-        process.say(f"{out}: {json.dumps(summary)}")
+        print(f"{out}: {json.dumps(summary)}")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import json
 from pathlib import Path
 
-from eval import table
 from experiments.figures import draw_points
 from lib.cli import parse
 from lib.files import reading, write_text
@@ -22,37 +21,37 @@ class Settings:
     directory: str = "results"  # holds results.json, gets table.md and the pictures
 
 
-def cell(row):
-    return f"{row['accuracy']:.1f} ± {row['interval']:.1f}"
+def table(head, rows):
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
+
+
+def report(directory) -> str:
+    """Writes table.md and the pictures into the directory of results.json. Returns the table."""
+    parts = []
+    with reading(directory / "results.json"):
+        rows = json.loads((directory / "results.json").read_text())
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task, lines = [row for row in rows if row["task"] == task], {}
+        tests = [*dict.fromkeys(row["test"] for row in of_task)]
+        for row in of_task:
+            key = row["row"], str(row["seed"]), f"`{row['command']}`"
+            line = lines.setdefault(key, {"#L": f"{row['chain_length']:.1f}"})
+            line |= {"share": f"{row['share']:.2f}", "command": key[2]}
+            line[row["test"]] = f"{row['accuracy']:.1f} ± {row['interval']:.1f}"
+        head = [*tests, "#L", "share", "command"]
+        cells = [[*key[:2], *(x.get(c, "") for c in head)] for key, x in lines.items()]
+        parts.append(table([task, "seed", *head], cells))
+        plain = [row for row in of_task if row["test"] == tests[0] and "," not in row["row"]]
+        points = [(x["row"], x["share"], x["accuracy"], x["interval"]) for x in plain]
+        label = f"accuracy on {tests[0]}, %"
+        draw_points(directory / f"{task}.svg", points, "share of the written chain", label)
+    write_text(directory / "table.md", "\n".join(parts))
+    return "\n".join(parts)
 
 
 def main():
-    directory = Path(parse(Settings, __doc__).directory)
-    with reading(directory / "results.json"):
-        rows = json.loads((directory / "results.json").read_text())
-        parts = []
-        for task in dict.fromkeys(row["task"] for row in rows):
-            of_task = [row for row in rows if row["task"] == task]
-            tests = list(dict.fromkeys(row["test"] for row in of_task))
-            lines, points = {}, {}
-            for row in of_task:
-                line = lines.setdefault((row["row"], row["seed"]), {"share": "", "command": ""})
-                line[row["test"]] = cell(row)
-                if row["test"] == tests[0]:
-                    line |= {"share": row["share"], "command": f"`{row['command']}`"}
-                    point = (row["row"], row["share"], row["accuracy"], row["interval"])
-                    points.setdefault((row["row"], row["seed"]), point)
-            head = [task, "seed", *(f"{test}, %" for test in tests), "share", "command"]
-            cells = [
-                [name, str(seed), *(x.get(t, "") for t in tests), str(x["share"]), x["command"]]
-                for (name, seed), x in lines.items()
-            ]
-            parts.append(table(head, cells))
-            plain = [p for p in points.values() if "," not in p[0]]
-            label = f"accuracy on {tests[0]}, %"
-            draw_points(directory / f"{task}.svg", plain, "share of the written chain", label)
-        write_text(directory / "table.md", "\n".join(parts))
-        print(directory / "table.md")
+    print(report(Path(parse(Settings, __doc__).directory)))
 
 
 if __name__ == "__main__":

@@ -21,15 +21,15 @@ def number(kind):
     return convert
 
 
-def one_of(*names):
-    """The type of a setting: one of the `names`."""
+def matching(pattern):
+    """The type of a setting: text that matches `pattern` as a whole."""
 
-    def name(text):
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(names)}")
+    def text(text):
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {pattern}")
         return text
 
-    return name
+    return text
 
 
 def comments(settings):
@@ -44,17 +44,15 @@ def parse(settings, description):
     form, texts = argparse.RawDescriptionHelpFormatter, comments(settings)
     p = argparse.ArgumentParser(description=description, formatter_class=form)
     for f in fields(settings):
-        flag, text, kind = "--" + f.name.replace("_", "-"), texts[f.name], f.type
-        if kind is bool:
+        flag, text, default = "--" + f.name.replace("_", "-"), texts[f.name], f.default
+        if f.type is bool:
             p.add_argument(flag, action="store_true", help=text)
             continue
-        more = {"required": True} if f.default is MISSING else {"default": f.default}
-        if get_args(kind):  # a tuple
-            kind, more["nargs"] = get_args(kind)[0], "+"
-        if kind in (int, float):
-            kind = number(kind)
-        if more.get("default", "") != "":
-            text += f" (default: {str(f.default).strip('(),')})"
-        p.add_argument(flag, type=kind, help=text, **more)
+        more, (kind, *many) = {"required": True}, get_args(f.type) or [f.type]  # a tuple, or one
+        if default is not MISSING:
+            more = {"default": default}
+            text += f" (default: {str(default).strip('(),')})" if default != "" else ""
+        kind = number(kind) if kind in (int, float) else kind
+        p.add_argument(flag, type=kind, nargs="+" if many else None, help=text, **more)
     values = vars(p.parse_args())
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

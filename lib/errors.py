@@ -9,34 +9,27 @@ ROOT = str(Path(__file__).resolve().parent.parent)
 
 
 class UserError(Exception):
-    """A user's mistake in one sentence: what is wrong, where, what to do.
-
-    everywhere: all ranks raise it, and rank 0 prints it.
-    """
-
-    def __init__(self, sentence, everywhere=False):
-        super().__init__(sentence)
-        self.everywhere = everywhere
-
-
-def is_ours(frame):
-    return frame.filename.startswith(ROOT) and ".venv" not in frame.filename
+    """A user's mistake in one sentence: what is wrong, where, what to do."""
 
 
 def explain(error):
-    """The line for `error`. Empty where there is nothing to say: Ctrl-C, or a closed pipe."""
+    """The line for `error`. Empty where there is nothing to say.
+
+    That is so for Ctrl-C, for a closed pipe, and for a rank that another one left.
+    """
     text = " ".join(str(error).split())[:500]
-    if isinstance(error, (KeyboardInterrupt, BrokenPipeError)):
+    if isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or "closed by peer" in text:
         return ""
     if isinstance(error, UserError):
-        return "" if error.everywhere and os.environ.get("RANK", "0") != "0" else text
+        return text
     if isinstance(error, MemoryError) or "memory" in text and "alloc" in text:
         return "out of memory; use --checkpoint-activations or smaller --row-tokens, --batch-size"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = [f" in {Path(f.filename).name}:{f.lineno}" for f in frames if is_ours(f)]
-    where = f"{type(error).__name__}{(place or [''])[-1]}"
+    frames, where = traceback.extract_tb(error.__traceback__), type(error).__name__
+    ours = [f for f in frames if f.filename.startswith(ROOT) and ".venv" not in f.filename]
+    for frame in ours[-1:]:
+        where += f" in {Path(frame.filename).name}:{frame.lineno}"
     return f"{where}: {text}; set LATENT_SFT_DEBUG=1 for the traceback"
 
 

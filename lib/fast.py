@@ -3,7 +3,7 @@
 Each saves at least 3% of a step on a GPU, measured alone (bench/README.md). Skip this at first.
 """
 
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -42,26 +42,29 @@ def random_bits(index, seed):
 
 
 def add_low_rank(x, low, W, B, bias):
-    """x W^T + low B^T + bias, for a frozen W [out, in] and a B [out, rank] that learns.
-
-    Two products would write and read a wide result twice, so they are joined: [x low] [W B]^T.
-    """
+    """x W^T + low B^T + bias, for a frozen W [out, in] and a B [out, rank] that learns."""
     if x.is_cuda and len(W) > W.shape[1]:
-        return JoinedProduct.apply(x, low, W, B, bias)
+        return joined_product(x, low, W, B, bias)
     return (precise(F.linear(x, W, bias)) + precise(F.linear(low, B))).to(x.dtype)
 
 
-class JoinedProduct(torch.autograd.Function):
+def joined_product(x, low, W, B, bias):
+    """The same as one product [x low] [W B]^T: two would write and read a wide result twice."""
+    joined = F.linear(torch.cat([x, low], -1), torch.cat([W, B.detach()], -1), bias)
+    return GradientOfB.apply(joined, low, B)
+
+
+class GradientOfB(torch.autograd.Function):
+    """Returns y, and gives B [out, rank] the gradient of low B^T. Autograd would also make W's."""
+
     @staticmethod
-    def forward(ctx, x, low, W, B, bias):
-        ctx.save_for_backward(low, W, B)
-        return F.linear(torch.cat([x, low], -1), torch.cat([W, B], -1), bias)
+    def forward(ctx, y, low, B):
+        ctx.save_for_backward(low)
+        return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad):
-        low, W, B = ctx.saved_tensors
-        grad_x, grad_low = (grad @ torch.cat([W, B], -1)).split([W.shape[1], B.shape[1]], -1)
-        return grad_x, grad_low, None, grad.T @ low, None
+        return grad, None, grad.T @ ctx.saved_tensors[0]
 
 
 def kl_divergence(hidden_states, head, probs, ids, weights):
@@ -73,16 +76,27 @@ def kl_divergence(hidden_states, head, probs, ids, weights):
     return KLDivergence.apply(hidden_states, head, precise(probs), ids, weights)
 
 
+def kl_of_logits(logits, probs, ids, weights):
+    """The sum for logits [n, V]."""
+    x = precise(logits)
+    log_q = (x if ids is None else x.gather(-1, ids)) - x.logsumexp(-1, keepdim=True)
+    return (weights[:, None] * (torch.xlogy(probs, probs) - probs * log_q)).sum()
+
+
+gradient_and_kl = torch.func.grad_and_value(kl_of_logits)
+compiled = cache(partial(torch.compile, dynamic=True))
+
+
 class KLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, head, probs, ids, weights):
         total, head = precise(h.new_zeros(())), head.to(h.dtype)
         learns = ctx.needs_input_grad
         grads = [torch.zeros_like(x) if need else None for x, need in zip((h, head), learns)]
-        function = compiled(loss_and_gradient) if h.is_cuda else loss_and_gradient
+        function = compiled(gradient_and_kl) if h.is_cuda else gradient_and_kl
         for part in chunks(h, len(head)):
             alpha = probs[part], None if ids is None else ids[part], weights[part]
-            loss, grad = function(h[part] @ head.T, *alpha)
+            grad, loss = function(h[part] @ head.T, *alpha)
             total += loss
             if learns[0]:
                 grads[0][part] = grad @ head
@@ -96,32 +110,10 @@ class KLDivergence(torch.autograd.Function):
         return *(None if x is None else grad * x for x in ctx.saved_tensors), None, None, None
 
 
-def loss_and_gradient(logits, probs, ids, weights):
-    """sum_n weights_n KL(alpha_n || softmax(logits_n)), and its gradient in the logits [n, V]."""
-    x, weights = precise(logits), weights[:, None]
-    lse = x.logsumexp(-1, keepdim=True)
-    log_q = (x if ids is None else x.gather(-1, ids)) - lse
-    loss = (weights * (torch.xlogy(probs, probs) - probs * log_q)).sum()
-    mass = weights * probs.sum(-1, keepdim=True)
-    at_ids = (mass * log_q.exp() - weights * probs).to(logits.dtype)
-    if ids is None:
-        return loss, at_ids
-    return loss, ((x - lse).exp() * mass).to(logits.dtype).scatter_(-1, ids, at_ids)
-
-
-@cache
-def compiled(function):
-    return torch.compile(function, dynamic=True)
-
-
 def recorded(run):
     """The replay of `run`, which works on fixed memory, as a CUDA graph. Calls it three times."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles, and lets libraries allocate what they keep
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
+    for _ in range(2):  # compiles, and lets libraries allocate what they keep
+        run()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()

@@ -75,11 +75,10 @@ def read_jsonl(path):
     Blank lines are skipped. Raises UserError with file and line.
     """
     with reading(path), (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-        lines, rows = file.read().split(b"\n"), []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
+        rows = []
+        for number, line in enumerate(file, 1):
             with reading(path, number):
-                rows.append({**json_object(line), "_line": number})
+                rows += [{**json_object(line), "_line": number}] if line.strip() else []
     if not rows:
         raise UserError(f"{path}: the file is empty")
     return rows
@@ -107,10 +106,9 @@ def read_tensors(path, device="cpu"):
 
 
 def file_hash(*paths):
-    """A short SHA-256 over the bytes of the files, in order."""
+    """A short SHA-256 over those of the files, in order."""
     digest = hashlib.sha256()
     for path in paths:
         with reading(path), open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]

@@ -9,7 +9,6 @@ import logging
 import math
 import re
 import resource
-import select
 import signal
 import subprocess
 import sys
@@ -40,66 +39,61 @@ def number(text):
         return int(digits) if digits.lstrip("+-").isdigit() else float(digits)
 
 
-class Grader:
-    """grade(gold, text). `seconds` is the limit for one answer."""
+def compare(gold, answer):
+    """Whether two texts are equal, or equal numbers. None: math-verify must judge.
 
-    def __init__(self, seconds=10.0):
-        self.seconds, self.worker = seconds, None
-
-    def grade(self, gold, text):
-        """Whether the last \\boxed{} of `text`, or else what math-verify finds, equals `gold`.
-
-        Integers are equal exactly, decimals within 1e-4 of the larger one.
-        """
-        answer = boxed(text[-LONGEST:])
-        if answer is None:
-            return self._ask(gold, text[-LONGEST:])
-        ours, theirs = number(answer), number(gold)
-        if answer.strip() == gold.strip() or None in (ours, theirs):
-            return answer.strip() == gold.strip() or self._ask(gold, f"\\boxed{{{answer}}}")
-        return (
-            ours == theirs
-            or bool(ours % 1 or theirs % 1)
-            and math.isclose(ours, theirs, rel_tol=1e-4)
-        )
-
-    def _ask(self, gold, answer):
-        if self.worker is None:
-            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-            self.worker = subprocess.Popen([sys.executable, __file__], text=True, **pipes)
-            if not self.worker.stdout.readline():  # "ready": imports do not count as grading
-                raise RuntimeError("math-verify does not start; is it installed?")
-        try:
-            print(json.dumps([gold, answer]), file=self.worker.stdin, flush=True)
-            answered = select.select([self.worker.stdout], [], [], self.seconds)[0]
-            if answered and (verdict := self.worker.stdout.readline()):
-                return json.loads(verdict)
-        except BrokenPipeError:
-            pass
-        self.worker.kill()  # too slow, or dead
-        self.worker = None
-        return False
+    Integers are equal exactly, decimals within 1e-4 of the larger one.
+    """
+    a, b = number(gold), number(answer)
+    if gold.strip() == answer.strip() or None in (a, b):
+        return gold.strip() == answer.strip() or None
+    return a == b or bool(a % 1 or b % 1) and math.isclose(a, b, rel_tol=1e-4)
 
 
-def serve():
-    """Answers JSON lines [gold, answer] on stdin with true or false. Ends with its parent."""
-    from math_verify import parse, verify
+def grade(pairs, seconds=10):
+    """Whether the answers are right: [(gold, text), ...] -> [bool, ...].
 
+    An answer is the last \\boxed{} of its text, or else what math-verify finds in the text.
+    `seconds` limits the time for one answer.
+    """
+    pairs = [(gold, boxed(text[-LONGEST:]), text[-LONGEST:]) for gold, text in pairs]
+    verdicts = [None if answer is None else compare(gold, answer) for gold, answer, _ in pairs]
+    asked = iter(ask([pair for pair, v in zip(pairs, verdicts) if v is None], seconds))
+    return [next(asked) if v is None else v for v in verdicts]
+
+
+def ask(pairs, seconds):
+    """math-verify's verdicts. A pair that ends the worker is wrong, and the next worker goes on."""
+    verdicts, command = [], [sys.executable, __file__, str(seconds)]
+    while len(verdicts) < len(pairs):
+        lines = "".join(json.dumps(pair) + "\n" for pair in pairs[len(verdicts) :])
+        done = subprocess.run(command, input=lines, stdout=subprocess.PIPE, text=True)
+        if not done.stdout:
+            raise RuntimeError("math-verify does not start; is it installed?")
+        found = done.stdout.split()[1:]
+        verdicts += [word == "True" for word in found] + [False] * (done.returncode != 0)
+    return verdicts
+
+
+def serve(seconds):
+    """The worker: answers JSON lines with True or False. Ends with its parent."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    from math_verify import parse, verify
+
     logging.disable()
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     print("ready", flush=True)
     for line in sys.stdin:
-        gold, answer = json.loads(line)
-        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + 60, -1))
+        gold, answer, text = json.loads(line)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds, -1))
+        texts = f"\\boxed{{{gold}}}", text if answer is None else f"\\boxed{{{answer}}}"
         try:
-            texts = f"\\boxed{{{gold}}}", answer
-            verdict = verify(*(parse(x, parsing_timeout=None) for x in texts), timeout_seconds=None)
+            found = [parse(x, parsing_timeout=None) for x in texts]
+            print(bool(verify(*found, timeout_seconds=None)), flush=True)
         except Exception:
-            verdict = False
-        print(json.dumps(bool(verdict)), flush=True)
+            print(False, flush=True)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(int(sys.argv[1]))

@@ -2,13 +2,12 @@
 
 import atexit
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 import fcntl
 import gc
 import json
 import os
 from pathlib import Path
-import signal
 
 import torch
 import torch.distributed as dist
@@ -17,8 +16,7 @@ from lib.errors import UserError
 from lib.files import read_json, write_json
 
 # Settings that may differ when a run goes on. The hash of the data may not.
-FREE = "out device data valid model phase1 cache save_every keep arms shard".split()
-FREE += ["checkpoint_activations"]
+FREE = "out device data model phase1 cache save_every keep arms shard checkpoint_activations"
 
 
 @dataclass(frozen=True)
@@ -51,8 +49,8 @@ def join(device) -> Process:
     `device` is "cpu", "cuda", "cuda:N", or "" for a GPU if there is one.
     """
     gc.set_threshold(100_000)  # millions of small lists: the default walks them again and again
-    names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in names)
+    env = os.environ.get
+    rank, world, local = int(env("RANK", 0)), int(env("WORLD_SIZE", 1)), int(env("LOCAL_RANK", 0))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(f"cuda:{local}" if name == "cuda" else name)
@@ -60,8 +58,9 @@ def join(device) -> Process:
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
     except (RuntimeError, AssertionError):
-        gpus = f"this machine has {torch.cuda.device_count()} usable GPUs"
-        raise UserError(f"--device {name}: rank {rank} cannot use it; {gpus}") from None
+        raise UserError(
+            f"--device {name}: rank {rank} has no such device; choose another"
+        ) from None
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -74,27 +73,12 @@ def barrier():
 
 
 def from_rank0(function):
-    """Calls `function` on rank 0 and returns its result on all ranks. All raise its UserError."""
+    """Calls `function` on rank 0 and returns its result on all ranks. Its error ends all ranks."""
     if not dist.is_initialized():
         return function()
-    box = [None, None]
-    if dist.get_rank() == 0:
-        try:
-            box[0] = function()
-        except UserError as e:
-            box[1] = str(e)
+    box = [function() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(box)
-    if box[1] is not None:
-        raise UserError(box[1], everywhere=True)
     return box[0]
-
-
-def free_memory(device):
-    """Bytes that PyTorch can still take on a GPU. Infinite on a CPU."""
-    if device.type != "cuda":
-        return float("inf")
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
 
 
 @contextmanager
@@ -105,16 +89,15 @@ def output_directory(out, settings=None, **facts):
     killed processes are removed. config.json holds `settings`, a dataclass, and `facts`. Raises
     UserError where others made what is there. Yields the path.
     """
-    out = Path(out)
+    out, locks = Path(out), []  # a lock lasts as long as its file is open
 
     def take():
-        foreign = out.exists() and not (out / ".lock").exists()
-        if foreign and (not out.is_dir() or any(not f.name.startswith(".") for f in out.iterdir())):
+        if out.exists() and not (out / ".lock").exists() and any(out.iterdir()):
             raise UserError(f"{out}: exists and was not made by this program; choose another --out")
         out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
+        locks.append(open(out / ".lock", "w"))
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{out}: another process works on it; choose another --out") from None
         except OSError:
@@ -122,11 +105,8 @@ def output_directory(out, settings=None, **facts):
         for temporary in out.rglob(".*.tmp"):
             temporary.unlink()
         if settings:
-            defaults = {f.name: f.default for f in fields(settings)}
-            begin_or_continue(out / "config.json", asdict(settings) | facts, defaults)
-        locks.append(lock)
+            begin_or_continue(out, settings, facts)
 
-    locks = []  # the lock lasts as long as the file is open
     from_rank0(take)
     try:
         yield out
@@ -135,34 +115,14 @@ def output_directory(out, settings=None, **facts):
             lock.close()
 
 
-def begin_or_continue(path, new, defaults):
+def begin_or_continue(out, settings, facts):
     """Writes config.json, or compares it if there are results. A missing key is a default."""
-    new, files = json.loads(json.dumps(new)), path.parent.rglob("*")
-    kinds = (".safetensors", ".jsonl")
-    if not (path.exists() and any(f.suffix in kinds and f.name != "metrics.jsonl" for f in files)):
+    path, new = out / "config.json", asdict(settings) | facts
+    if not (path.exists() and [*out.rglob("*.safetensors"), *out.glob("*.*.jsonl")]):
         return write_json(path, new)
-    old = json.loads(json.dumps(defaults, default=str)) | read_json(path)
-    for key in new.keys() - set(FREE):
-        if old.get(key) != new[key]:
-            was = f"was made with {key} = {old.get(key)!r}, not {new[key]!r}"
-            raise UserError(f"{path.parent}: {was}; choose another --out, or the same settings")
-
-
-class Stopper:
-    """Turns Ctrl-C and SIGTERM into a flag, so that a run ends after a whole step.
-
-    A second Ctrl-C ends it at once.
-    """
-
-    def __enter__(self):
-        self.asked = False
-        self.old = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _ask(self, number, frame):
-        self.asked = True
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def __exit__(self, *_):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
+    old = read_json(path)
+    for key in new.keys() - set(FREE.split()):
+        was = json.dumps(old.get(key, getattr(type(settings), key, None)))
+        if was != json.dumps(new[key]):
+            what = f"was made with {key} = {was}, not {json.dumps(new[key])}"
+            raise UserError(f"{out}: {what}; choose another --out, or the same settings")

@@ -3,8 +3,7 @@
 The ids are those of Hugging Face `tokenizers`. A file that cannot be reproduced exactly is refused.
 """
 
-from functools import lru_cache
-import json
+from functools import lru_cache, partial
 from pathlib import Path
 import re
 import unicodedata
@@ -28,35 +27,35 @@ QWEN = LLAMA3.replace("{1,3}", "")
 # Digits are cut out first, so spaces before a digit end their piece.
 DIGITS_GPT2 = GPT2.replace(r" ?\p{N}+|", r"\p{N}|").replace(r"\s+(?!\S)", r"\s+(?=\p{N})|\s+(?!\S)")
 SPLITS = {
-    ("bytelevel",): GPT2,
-    ("digits", "bytelevel"): DIGITS_GPT2,
-    (LLAMA3,): LLAMA3,
-    (QWEN,): QWEN,
+    "ByteLevel": GPT2,
+    "Digits ByteLevel": DIGITS_GPT2,
+    f"{LLAMA3} bytes": LLAMA3,
+    f"{QWEN} bytes": QWEN,
 }
 
 NFC, NO_NORMALIZER = {"type": "NFC"}, {"type": "Sequence", "normalizers": []}
-UNUSUAL = "byte_fallback dropout unk_token continuing_subword_prefix end_of_word_suffix".split()
-STRIPS = "lstrip rstrip single_word".split()
+UNUSUAL = "byte_fallback dropout unk_token continuing_subword_prefix end_of_word_suffix"
+UNUSUAL += " lstrip rstrip single_word add_prefix_space invert"
 
 # A family's end of turn, and its prompt, which begins with a token that only it has. The prompts
-# are the authors' (Llama 3 without <|begin_of_text|>). "plain" is a base model, or the demo's.
-FAMILIES = {
-    "deepseek": (
+# are the authors' (Llama 3 without <|begin_of_text|>). The last is for a base model, or the demo's.
+FAMILIES = (
+    (
         "<｜end▁of▁sentence｜>",
         "<｜begin▁of▁sentence｜><｜User｜>{instruction}\n{problem}<｜Assistant｜>",
     ),
-    "llama3": (
+    (
         "<|eot_id|>",
         "<|start_header_id|>user<|end_header_id|>\n\n{instruction}\n{problem}<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     ),
-    "chatml": (
+    (
         "<|im_end|>",
         "<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n"
         "<|im_start|>assistant\n",
     ),
-    "plain": ("<|endoftext|>", "{problem}"),
-}
+    ("<|endoftext|>", "{problem}"),
+)
 
 
 def byte_alphabet():
@@ -66,27 +65,20 @@ def byte_alphabet():
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
-def split_pattern(pre):
-    """The regular expression for the `pre_tokenizer` of tokenizer.json. Raises ValueError."""
-    steps = []
-    for step in pre.get("pretokenizers", [pre]):
+def split_pattern(steps):
+    """The regular expression for the pre-tokenizers of tokenizer.json. Raises ValueError."""
+    names = []
+    for step in steps:
         match step:
-            case {"type": "Digits", "individual_digits": True}:
-                steps.append("digits")
-            case {
-                "type": "Split",
-                "pattern": {"Regex": r},
-                "behavior": "Isolated",
-                "invert": False,
-            }:
-                steps.append(r)
-            case {"type": "ByteLevel", "add_prefix_space": False}:
-                steps += ["bytelevel"] * step.get("use_regex", True)
-            case _:
-                steps.append(None)
-    if tuple(steps) not in SPLITS or "ByteLevel" not in str(pre):
-        raise ValueError(f"the pre-tokenizer is not supported: {json.dumps(pre)[:200]}")
-    return SPLITS[tuple(steps)]
+            case {"pattern": {"Regex": name}, "behavior": "Isolated"}:
+                names.append(name)
+            case {"type": "Digits", "individual_digits": False}:
+                names.append("Numbers")
+            case {"type": name}:
+                names.append(name if step.get("use_regex", True) else "bytes")
+    if " ".join(names) not in SPLITS:
+        raise ValueError(f"the pre-tokenizer {names} is not supported")
+    return SPLITS[" ".join(names)]
 
 
 def mergeable_ranks(model):
@@ -125,47 +117,34 @@ class Tokenizer:
         path = Path(directory) / "tokenizer.json"
         spec = read_json(path)
         with reading(path):
-            self._build(spec["model"], spec["added_tokens"], spec.get("normalizer"))
-            self.pattern = regex.compile(split_pattern(spec.get("pre_tokenizer") or {}))
-            end, template = self._choose_family()
-            # special tokens are at odd places
-            parts = any_of(self.added).split(template.replace("{instruction}", INSTRUCTION))
-            self._prompt = [[self.added[x]] if i % 2 else x for i, x in enumerate(parts)]
+            pre = spec.get("pre_tokenizer") or {}
+            steps = pre.get("pretokenizers", [pre])
+            self.pattern = regex.compile(split_pattern(steps))
+            self._build(spec["model"], spec["added_tokens"], spec.get("normalizer"), steps)
+            families = [x for x in FAMILIES if re.match("<.*?>|", x[1])[0] in ("", *self.added)]
+            end, template = families[0]
+            self.template = template.replace("{instruction}", INSTRUCTION)
             self.end_of_turn = self._end_of_turn(path, end)
-            self.think, self.end_think = self._marker(THINK), self._marker(END_THINK)
+            self.think, self.end_think = self._markup(THINK), self._markup(END_THINK)
 
-    def _build(self, model, added, normalizer):
+    def _build(self, model, added, normalizer, steps):
         plain = [t for t in added if not t["special"]]
-        if model.get("type", "BPE") != "BPE" or any(map(model.get, UNUSUAL)):
-            raise ValueError("only byte-level BPE is supported")
+        odd = {key for part in (model, *plain, *steps) for key in UNUSUAL.split() if part.get(key)}
+        if odd or model.get("type", "BPE") != "BPE":
+            raise ValueError(f"only byte-level BPE is supported, without {odd}")
         if normalizer not in (None, NFC, NO_NORMALIZER):
             raise ValueError(f"the normalizer {normalizer} is not supported")
-        if any(t.get(key) for t in plain for key in STRIPS):
-            raise ValueError("added tokens that strip are not supported")
-        form = {"NFC": unicodedata.normalize}.get((normalizer or {}).get("type"))
-        self.normalize = (lambda text: form("NFC", text)) if form else str
+        self.normalize = partial(unicodedata.normalize, "NFC") if normalizer == NFC else str
         ranks, self.added = mergeable_ranks(model), {t["content"]: t["id"] for t in added}
         self.vocab_size = max(*ranks.values(), *self.added.values()) + 1
         # A vocabulary may lack bytes (SmolLM2's does). tokenizers drops them after the split.
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)
         filler = {bytes([b]): self.vocab_size + i for i, b in enumerate(self.missing)}
-        options = dict(pat_str="", mergeable_ranks=ranks | filler, special_tokens={})
-        self._bpe = lru_cache(2**16)(tiktoken.Encoding("", **options)._encode_single_piece)
-        self._bytes = {i: t for t, i in ranks.items()} | {
-            i: t.encode() for t, i in self.added.items()
-        }
-        # Added tokens are found in raw text first, then in normalized text.
-        self._raw = any_of(t["content"] for t in plain if not t.get("normalized"))
-        self._normalized = any_of(
-            self.normalize(t["content"]) for t in plain if t.get("normalized")
-        )
-
-    def _choose_family(self):
-        for end, template in FAMILIES.values():
-            special = re.match(r"<.*?>|", template)[0] or end
-            if special in self.added:
-                return end, template
-        raise ValueError("its chat format is not known")
+        bpe = tiktoken.Encoding("", pat_str="", mergeable_ranks=ranks | filler, special_tokens={})
+        self._bpe = lru_cache(2**16)(bpe._encode_single_piece)
+        self._bytes = {i: t for t, i in ranks.items()}
+        self._bytes |= {i: t.encode() for t, i in self.added.items()}
+        self._plain = any_of(t["content"] for t in plain)
 
     def _end_of_turn(self, path, default):
         """The id that ends an answer: the checkpoint's eos_token, or else the family's."""
@@ -176,21 +155,24 @@ class Tokenizer:
             return ids[0] if isinstance(ids, list) else ids
         return self.added[token["content"] if isinstance(token, dict) else token or default]
 
-    def _marker(self, text):
-        return [self.added[text]] if text in self.added else self.encode(text)
+    def _markup(self, text, problem=""):
+        """Ids of `text`, in which special tokens count. The problem is ordinary text."""
+        ids = []
+        for part in any_of(self.added).split(text):
+            plain = part.replace("{problem}", problem)
+            ids += [self.added[part]] if part in self.added else self.encode(plain)
+        return ids
 
     def encode(self, text):
         """Ids of ordinary text. Special tokens written in it are ordinary characters."""
         ids = []
-        for i, raw in enumerate(self._raw.split(text)):  # those at odd places are added tokens
-            parts = [raw] if i % 2 else self._normalized.split(self.normalize(raw))
-            for j, part in enumerate(parts, i % 2):
-                if j % 2:
-                    ids.append(self.added[part])
-                    continue
-                for piece in self.pattern.findall(part):
-                    piece = piece.encode("utf-8", "replace").translate(None, self.missing)
-                    ids += self._bpe(piece) if piece else []
+        for i, part in enumerate(self._plain.split(text)):
+            if i % 2:  # an added token
+                ids.append(self.added[part])
+                continue
+            for piece in self.pattern.findall(self.normalize(part)):
+                piece = piece.encode("utf-8", "replace").translate(None, self.missing)
+                ids += self._bpe(piece) if piece else []
         return ids
 
     def decode(self, ids):
@@ -199,8 +181,4 @@ class Tokenizer:
 
     def prompt(self, problem):
         """`Q <think>`: the chat prompt of this family for `problem`."""
-        ids = []
-        for part in self._prompt:  # the problem goes into ordinary text, never into a special token
-            text = isinstance(part, str)
-            ids += self.encode(part.replace("{problem}", problem)) if text else part
-        return ids + self.think
+        return self._markup(self.template, problem) + self.think

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 import random
+import shutil
 import sys
 
 import pytest
@@ -94,6 +95,21 @@ def checkpoint(tmp_path_factory):
             demo.write_tokenizer(path)
             made[kind, tied] = path
         return made[kind, tied]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def thinker(checkpoint, tmp_path_factory):
+    """thinker(thinking, top_k) -> a checkpoint, of random weights, that says how it reasons."""
+
+    def make(thinking="latent", top_k=10) -> Path:
+        path = tmp_path_factory.mktemp("thinker") / "model"
+        shutil.copytree(checkpoint(), path)
+        config = json.loads((path / "config.json").read_text())
+        config["latent_sft"] = {"thinking": thinking, "top_k": top_k, "compression": 2}
+        (path / "config.json").write_text(json.dumps(config))
+        return path
 
     return make
 

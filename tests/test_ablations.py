@@ -1,5 +1,7 @@
 """The ablations: no induction mask, no segments, all weights; against transformers in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,7 +14,7 @@ import oracle
 from test_cache import phase1, phase2_arguments
 from test_training import examples, mean_loss, merged_hf, phase1_task, phase2_settings, theirs  # noqa: F401
 from train_phase1 import load_encoder
-from train_phase2 import LatentExample, Phase2
+from train_phase2 import Phase2
 import train_phase2
 
 
@@ -72,7 +74,7 @@ def test_all_weights_learn(checkpoint, examples):  # noqa: F811
             .topk(4)
         )
         alphas.append(alpha)
-        with_latents.append(LatentExample(**vars(e), probs=alpha[0], ids=alpha[1]))
+        with_latents.append(replace(e, alpha=(alpha[0], alpha[1])))
     task = Phase2(Runner(model), phase2_settings(), Reasoning("latent", 4, r), 0, source=directory)
     loss, gradients = mean_loss(task, with_latents)
     expected, *_ = oracle.phase2_loss(hf, list(map(theirs, examples)), alphas)
@@ -101,7 +103,7 @@ def test_the_commands(command, checkpoint, data, tmp_path, flags):
     rule = masks.causal if "--no-induction" in flags else masks.induction
     assert load_encoder(run, Runner(load_checkpoint(checkpoint()))).rule is rule
     code, _, error = command(
-        train_phase2.main, *all_weights(run, data, cache, latent, "--valid", data, "--lr", 1e-3)
+        train_phase2.main, *all_weights(run, data, cache, latent, "--lr", 1e-3)
     )
     assert code == 0, error
     learned, _, reasoning = load_model(latent)

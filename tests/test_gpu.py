@@ -4,10 +4,12 @@ python -m pytest -m gpu tests
 """
 
 import copy
+from dataclasses import replace
 import json
 from pathlib import Path
 import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,7 +27,7 @@ from sample import Sampler, SamplingParams
 from test_training import phase2_settings
 import train_phase1
 from train_phase1 import Encoder, Phase1
-from train_phase2 import LatentExample, Phase2
+from train_phase2 import Phase2
 import trainer
 
 pytestmark = [
@@ -52,7 +54,7 @@ def compile_anew():
     torch._dynamo.reset()
 
 
-def random_examples(count: int, k: int = 10, seed: int = 0) -> list[LatentExample]:
+def random_examples(count: int, k: int = 10, seed: int = 0) -> list[data.Example]:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     ids = lambda n: [rng.randrange(V) for _ in range(n)]
     examples = []
@@ -69,11 +71,8 @@ def random_examples(count: int, k: int = 10, seed: int = 0) -> list[LatentExampl
             if k
             else None
         )
-        examples.append(
-            LatentExample(
-                **vars(e), probs=torch.rand(n, k or V, generator=generator).softmax(-1), ids=top
-            )
-        )
+        probs = torch.rand(n, k or V, generator=generator).softmax(-1)
+        examples.append(replace(e, alpha=(probs, top)))
     return examples
 
 
@@ -108,7 +107,7 @@ def losses_and_gradients(task, examples, device, shape=None):
     for p in learned.values():
         p.grad = torch.zeros_like(p) if p.grad is None else p.grad.zero_()
     counts = task.counts(examples)
-    parts = task(data.to_device(task.pack(examples), device, shape))
+    parts = task(data.to_device(task.pack(examples, shape), device))
     means = {key: task.weights[key] * part / counts[key] for key, part in parts.items()}
     sum(means.values()).backward()
     return {key: m.item() for key, m in means.items()}, {
@@ -183,10 +182,10 @@ def test_equals_the_cpu(how, phase, k, dtype, tolerance):
 @pytest.mark.parametrize("dtype,tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)])
 def test_attention(name, rule, dtype, tolerance):
     """Forward and gradients of every backend against SDPA on the CPU in float64."""
-    row = data.pack_examples(name, random_examples(20), 3)
-    row = data.pad(
-        row, data.RowShape(-(-len(row.ids) // 128) * 128, 20, 24, max(row.labels.longest, 128))
-    )
+    examples = random_examples(20)
+    row = data.pack_examples(name, examples, 3)
+    shape = data.RowShape(-(-len(row.ids) // 128) * 128, 20, 24, max(row.labels.longest, 128))
+    row = data.pack_examples(name, examples, 3, shape)
     torch.manual_seed(0)
     inputs = [torch.randn(len(row.ids), heads, 64).to(dtype) for heads in (8, 2, 2)]
     weights = torch.randn(len(row.ids), 8, 64)
@@ -302,19 +301,25 @@ def test_sampler(size):
     rng = random.Random(1)
     prompts = [[rng.randrange(V) for _ in range(rng.randint(1, 200))] for _ in range(13)]
 
-    def params(thinking, **more):
-        return SamplingParams(model="", thinking=thinking, **more)
+    def params(**more):
+        return SamplingParams(model="", **more)
 
-    for settings in (
-        params("latent", top_k=10, max_latents=40, max_new_tokens=9, temperature=0.0),
-        params("latent", top_k=0, max_latents=5, max_new_tokens=9),
-        params("text", top_k=10, max_new_tokens=30),
-        params("latent", top_k=10, max_latents=9, max_new_tokens=9, noise=1.0),
+    for reasoning, settings in (
+        (Reasoning("latent", 10), params(max_latents=40, max_new_tokens=9, temperature=0.0)),
+        (Reasoning("latent", 0), params(max_latents=5, max_new_tokens=9)),
+        (Reasoning("text", 10), params(max_new_tokens=30)),
+        (Reasoning("latent", 10), params(max_latents=9, max_new_tokens=9, noise=1.0)),
     ):
         models = (model, copy.deepcopy(model).to(GPU))
-        expected, got = (Sampler(m, [3, 4], 7, settings, size).generate(prompts) for m in models)
-        assert [r.tokens for r in got] == [r.tokens for r in expected]
-        assert all(
-            torch.equal(a.ids, b.ids) and torch.allclose(a.probs, b.probs, atol=1e-4)
-            for a, b in zip(got, expected)
+        expected, got = (
+            dict(Sampler(m, reasoning, ([3, 4], 7), settings, size).generate(prompts))
+            for m in models
         )
+        expected, got = ([x[i] for i in range(len(prompts))] for x in (expected, got))
+        assert [r.tokens for r in got] == [r.tokens for r in expected]
+        for a, b in zip(got, expected, strict=True):
+            for (probs, ids), (expected_probs, expected_ids) in zip(
+                a.latents, b.latents, strict=True
+            ):
+                assert np.array_equal(ids, expected_ids)
+                assert np.allclose(probs, expected_probs, atol=1e-4)

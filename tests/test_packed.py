@@ -1,5 +1,6 @@
 """What a GPU adds to packed rows, as far as a CPU can show it: FlexAttention's blocks, filler, compilation, recomputation."""
 
+from dataclasses import replace
 import math
 import random
 
@@ -17,7 +18,7 @@ import masks
 from model import Config, Model
 from test_training import phase2_settings
 from train_phase1 import Encoder, Phase1
-from train_phase2 import LatentExample, Phase2
+from train_phase2 import Phase2
 
 CONFIG = Config(
     vocab_size=300,
@@ -32,7 +33,7 @@ CONFIG = Config(
 RULES = [("latent", masks.causal), ("encoder", masks.induction), ("decoder", masks.supervision)]
 
 
-def random_examples(count: int, seed: int, k: int = 5) -> list[LatentExample]:
+def random_examples(count: int, seed: int, k: int = 5) -> list[data.Example]:
     rng = random.Random(seed)
     ids = lambda n: [rng.randrange(300) for _ in range(n)]
     plain = [
@@ -41,8 +42,8 @@ def random_examples(count: int, seed: int, k: int = 5) -> list[LatentExample]:
         )
         for _ in range(count)
     ]
-    alpha = lambda n: dict(probs=torch.rand(n, k).softmax(-1), ids=torch.randint(300, (n, k)))
-    return [LatentExample(**vars(e), **alpha(data.num_latents(e, 3))) for e in plain]
+    alpha = lambda n: (torch.rand(n, k).softmax(-1), torch.randint(300, (n, k)))
+    return [replace(e, alpha=alpha(data.num_latents(e, 3))) for e in plain]
 
 
 def task_of(phase: int, dropout: float = 0.0):
@@ -72,10 +73,14 @@ def shape_of(*rows):
     )
 
 
-def padded(rows, shape=None):
+def padded(task, examples, shape=None):
     """The rows of a task, with filler."""
-    inner = [x for x in vars(rows).values() if isinstance(x, data.PackedBatch)]
-    return data.to_device(rows, torch.device("cpu"), shape or shape_of(*inner))
+    rows = vars(task.pack(examples)).values()
+    inner = [x for x in rows if isinstance(x, data.PackedBatch)]
+    rows = task.pack(examples, shape or shape_of(*inner))
+    tokens = {len(x.ids) for x in vars(rows).values() if isinstance(x, data.PackedBatch)}
+    assert len(tokens) == 1 and min(tokens) > max(len(x.ids) for x in inner)
+    return data.to_device(rows, torch.device("cpu"))
 
 
 def loss_and_gradients(task, rows):
@@ -93,8 +98,9 @@ def loss_and_gradients(task, rows):
 def test_flex_attention(name, rule):
     """FlexAttention, told only which blocks to look at and the rule, gives what SDPA gives for each document by itself."""
     for seed in range(5):
-        row = data.pack_examples(name, random_examples(9, seed), 3)
-        row = data.pad(row, shape_of(row))
+        examples = random_examples(9, seed)
+        shape = shape_of(data.pack_examples(name, examples, 3))
+        row = data.pack_examples(name, examples, 3, shape)
         T = len(row.ids)
         q, k, v = (torch.randn(T, heads, 16) for heads in (4, 2, 2))
         attend = PackedAttention(row.labels, rule)
@@ -129,11 +135,19 @@ def test_flex_attention_on_a_cache():
 
 
 def test_documents_for_flash_attention():
-    row = data.pack_examples("cot", random_examples(3, 1))
+    examples = random_examples(3, 1)
+    row = data.pack_examples("cot", examples)
     lengths = torch.bincount(row.labels.document).tolist()
     shape = data.RowShape(2 * len(row.ids), 3, 9, row.labels.longest)
-    full = data.pad(row, shape)
+    full = data.pack_examples("cot", examples, shape=shape)
     starts = full.labels.starts
+    assert len(full.ids) == shape.tokens and full.labels.longest == shape.longest
+    for x, y in ((row.ids, full.ids), (row.position_ids, full.position_ids)):
+        assert torch.equal(x, y[: len(x)])
+    assert torch.equal(row.targets, full.targets)
+    assert torch.equal(row.target_index, full.target_index)
+    as_on_a_cpu = data.pack_examples("cot", examples, shape=data.RowShape(shape.tokens, 3))
+    assert torch.equal(as_on_a_cpu.ids, row.ids)
     assert torch.equal(
         torch.bincount(full.labels.document), starts.diff()[: full.labels.document[-1] + 1]
     )
@@ -162,11 +176,10 @@ def test_row_shape_holds_what_is_packed():
 
 @pytest.mark.parametrize("phase", [1, 2])
 def test_filler_counts_for_nothing(phase):
-    task = task_of(phase)
-    rows = task.pack(random_examples(6, 3))
-    expected, gradients = loss_and_gradients(task, rows)
+    task, examples = task_of(phase), random_examples(6, 3)
+    expected, gradients = loss_and_gradients(task, task.pack(examples))
     for shape in (None, data.RowShape(1024, 6, 60, 140)):
-        loss, with_filler = loss_and_gradients(task, padded(rows, shape))
+        loss, with_filler = loss_and_gradients(task, padded(task, examples, shape))
         torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-6)
         for n in gradients:
             torch.testing.assert_close(with_filler[n], gradients[n], atol=1e-5, rtol=1e-4)
@@ -195,18 +208,36 @@ def test_checkpointed_activations(phase):
     assert loss == expected and all(torch.equal(again[n], gradients[n]) for n in gradients)
 
 
+def kept_for_backward(loss):
+    """Sizes of all tensors that the graph behind `loss` keeps."""
+    nodes, seen, kept = [loss.grad_fn], set(), []
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        names = [n for n in dir(node) if n.startswith("_saved_")]
+        held = [*getattr(node, "saved_tensors", ()), *(getattr(node, n) for n in names)]
+        held += [*getattr(node, "__dict__", {}).values()]
+        kept += [x.numel() for x in held if isinstance(x, torch.Tensor)]
+        nodes += [x for x, _ in node.next_functions]
+    return kept
+
+
 def test_no_logits_are_kept():
     """Neither loss keeps the logits of all rows for backward, whatever the head."""
     h, head = torch.randn(40, 8, requires_grad=True), torch.randn(500, 8, requires_grad=True)
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(
-        lambda x: kept.append(x.numel()) or x, lambda x: x
-    ):
-        latents.cross_entropy(h, head, torch.randint(500, (40,)))
+    plain = (h @ head.T).log_softmax(-1).sum()
+    assert max(kept_for_backward(plain)) == 40 * 500  # which would be seen
+    losses = (
+        latents.cross_entropy(h, head, torch.randint(500, (40,))),
         latents.kl_divergence(
             h, head, torch.rand(40, 3), torch.randint(500, (40, 3)), torch.rand(40)
-        )
-    assert kept and max(kept) <= head.numel() < 40 * 500
+        ),
+    )
+    for loss in losses:
+        kept = kept_for_backward(loss)
+        assert kept and max(kept) <= head.numel() < 40 * 500
 
 
 def test_nothing_is_compiled_anew(monkeypatch):
@@ -230,7 +261,7 @@ def test_nothing_is_compiled_anew(monkeypatch):
     task.model.compile_layers(backend="eager", fullgraph=True)
     for step in range(6):
         shape = data.RowShape(2048, 20, 60, 200)
-        loss_and_gradients(task, padded(task.pack(random_examples(4 + step % 5, step)), shape))
+        loss_and_gradients(task, padded(task, random_examples(4 + step % 5, step), shape))
         graphs.append(counters["stats"]["unique_graphs"])
     torch._dynamo.reset()
     assert graphs[0] == graphs[-1] == 3  # the layer with each adapter, and the last norm

@@ -143,12 +143,11 @@ def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
     ours, tokenizer, reasoning = load_model(exported)
     assert reasoning == load_hf_weights.Reasoning("latent", 10, 2)
 
-    def sampled(problem, **more):
-        params = sample.complete(
-            sample.SamplingParams(model="", temperature=0.0, **more), reasoning
-        )
-        sampler = sample.Sampler(ours, tokenizer.end_think, tokenizer.end_of_turn, params)
-        return sampler.generate([tokenizer.prompt(problem)])[0]
+    def sampled(problem, reasoning=reasoning, **more):
+        params = sample.SamplingParams(model="", temperature=0.0, **more)
+        ends = tokenizer.end_think, tokenizer.end_of_turn
+        sampler = sample.Sampler(ours, reasoning, ends, params)
+        return dict(sampler.generate([tokenizer.prompt(problem)]))[0]
 
     result = sampled("What is 3*4+5?", max_latents=6, max_new_tokens=12)
     from transformers import AutoModelForCausalLM
@@ -167,12 +166,12 @@ def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
         6,
         12,
     )
-    assert result.ids.tolist() == [ids.tolist() for _, ids in thoughts]
+    assert [ids.tolist() for _, ids in result.latents] == [ids.tolist() for _, ids in thoughts]
     assert result.tokens + [tokenizer.end_of_turn] * result.finished == answer
     text = hf.generate(
         torch.tensor([tokenizer.prompt("Hello")]), max_new_tokens=8, do_sample=False, pad_token_id=0
     )[0].tolist()
-    written = sampled("Hello", thinking="text", max_new_tokens=8).tokens
+    written = sampled("Hello", load_hf_weights.Reasoning("text"), max_new_tokens=8).tokens
     assert text[len(tokenizer.prompt("Hello")) :][: len(written)] == written
 
 

@@ -5,26 +5,40 @@ import gc
 import random
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from attention import BLOCK, KVCache
-from load_hf_weights import load_checkpoint, load_model
+from load_hf_weights import Reasoning, load_checkpoint, load_model
 import oracle
 import sample
-from sample import SamplingParams, answer, pick
+from sample import SamplingParams, pick
 
 
 def Sampling(thinking="latent", top_k=10, max_latents=256, max_new_tokens=512, **more):
-    names = dict(
-        thinking=thinking, top_k=top_k, max_latents=max_latents, max_new_tokens=max_new_tokens
-    )
-    return SamplingParams(model="", **names, **more)
+    names = dict(max_latents=max_latents, max_new_tokens=max_new_tokens)
+    return Reasoning(thinking, top_k), SamplingParams(model="", **names, **more)
 
 
-def Sampler(model, end_think, end_of_turn, params, batch_size, replace=None):
-    return sample.Sampler(model, end_think, end_of_turn, params, batch_size, replace)
+class InOrder(sample.Sampler):
+    """A sampler whose results come in the order of the prompts."""
+
+    def generate(self, prompts, numbers=None, watch=None):
+        pairs = [*super().generate(prompts, numbers, watch)]
+        numbers = numbers or range(len(prompts))
+        assert sorted(n for n, _ in pairs) == sorted(numbers)
+        return [dict(pairs)[n] for n in numbers]
+
+
+def Sampler(model, end_think, end_of_turn, settings, batch_size, replace=None):
+    reasoning, params = settings
+    return InOrder(model, reasoning, (end_think, end_of_turn), params, batch_size, replace)
+
+
+def ids_of(r):
+    """The tokens of each latent, as lists."""
+    return [ids.tolist() for _, ids in r.latents]
 
 
 def prompts(count, seed=0):
@@ -46,7 +60,7 @@ def frequent(model, k, count=40):
     """The tokens most often greedily chosen by this random model: as </think> and end of turn, they make rows end."""
     settings = Sampling("latent", k, 12, 8, temperature=0)
     results = Sampler(model, [261], 262, settings, 8).generate(prompts(count))
-    firsts = [int(ids[0]) for r in results for ids in r.ids]
+    firsts = [ids[0] for r in results for ids in ids_of(r)]
     answers = [t for r in results for t in r.tokens]
     common = lambda xs: max(set(xs), key=xs.count)
     return common(firsts), common(answers)
@@ -62,15 +76,16 @@ def test_greedy_equals_one_by_one(pair, k):
     results = Sampler(model, end_think, eos, settings, batch_size=5).generate(
         batch
     )  # fewer rows than prompts: refilled
-    counts = {len(r.ids) for r in results}
+    counts = {len(r.latents) for r in results}
     assert 9 in counts and len(counts) > 2, (
         counts
     )  # budgets used up, and rows that stop by themselves
     for prompt, r in zip(batch, results):
         thoughts, answer = oracle.think_and_answer(hf, prompt, end_think, eos, k, 9, 7)
-        assert r.ids.tolist() == [ids.tolist() for _, ids in thoughts]
-        for ours, (theirs, _) in zip(r.probs, thoughts):
-            torch.testing.assert_close(ours.double(), theirs, atol=1e-4, rtol=0)
+        assert ids_of(r) == [ids.tolist() for _, ids in thoughts]
+        for (ours, ids), (theirs, _) in zip(r.latents, thoughts):
+            assert (ours.dtype, ids.dtype) == (np.float32, np.int64)
+            torch.testing.assert_close(torch.from_numpy(ours).double(), theirs, atol=1e-4, rtol=0)
         assert r.tokens + [eos] * r.finished == answer
 
 
@@ -91,7 +106,7 @@ def test_nothing_to_do(pair):
     plain = Sampling("none", 3, max_new_tokens=5, temperature=0)
     results = [
         Sampler(model, [9], 262, s, 4).generate(prompts(3))
-        for s in (plain, replace(plain, noise=1.0))
+        for s in (plain, (plain[0], replace(plain[1], noise=1.0)))
     ]
     assert [r.tokens for r in results[0]] == [r.tokens for r in results[1]]
 
@@ -108,7 +123,7 @@ def test_zero_latents(pair):
         )
     ]
     for prompt, a, b in zip(batch, *results):
-        assert len(a.ids) == len(b.ids) == 0 and a.tokens == b.tokens
+        assert len(a.latents) == len(b.latents) == 0 and a.tokens == b.tokens
         assert (
             a.tokens
             == oracle.think_and_answer(hf, prompt, [9, 8], 262, 3, 0, 5)[1][: len(a.tokens)]
@@ -124,7 +139,7 @@ def test_zero_latents(pair):
     r = Sampler(model, [stop, 8], 262, Sampling("latent", 3, 9, 5, temperature=0), 4).generate(
         batch
     )[0]
-    assert len(r.ids) == 0
+    assert len(r.latents) == 0
 
 
 def test_text_mode_is_plain_generation(pair):
@@ -159,13 +174,15 @@ def test_sampling_does_not_depend_on_the_batch(pair):
 
 
 def test_replaced_latents(pair):
-    """An intervention sees each latent, and what it returns is fed and recorded, the most likely first."""
+    """An intervention sees each latent, and what it returns is fed and recorded, as it is."""
     model, hf = pair
     batch, seen = prompts(4, seed=5), []
 
     def swap(sequence, probs, ids):
+        assert (probs.dtype, ids.dtype) == (np.float32, np.int64)
+        assert probs.shape == ids.shape == (3,) and isinstance(sequence.rng, np.random.Generator)
         seen.append((sequence.number, len(sequence.latents)))
-        return torch.tensor([0.1, 0.7, 0.2]), torch.tensor([5, 6, 7])
+        return np.array([0.1, 0.7, 0.2]), np.array([5, 6, 7])
 
     E, head = hf.get_input_embeddings().weight, hf.get_output_embeddings().weight
     for prompt, r in zip(
@@ -174,12 +191,11 @@ def test_replaced_latents(pair):
             batch
         ),
     ):
-        assert r.ids.tolist() == [[6, 7, 5]] * len(r.ids) and torch.allclose(
-            r.probs, torch.tensor([0.7, 0.2, 0.1])
-        )
+        assert ids_of(r) == [[5, 6, 7]] * len(r.latents)
+        assert all(np.allclose(probs, [0.1, 0.7, 0.2]) for probs, _ in r.latents)
         with torch.no_grad():
             z = 0.7 * E[6] + 0.2 * E[7] + 0.1 * E[5]
-            x = torch.cat([E[torch.tensor(prompt)], z.expand(len(r.ids), -1), E[9:10]])
+            x = torch.cat([E[torch.tensor(prompt)], z.expand(len(r.latents), -1), E[9:10]])
             h = oracle.run(hf, x, torch.ones(len(x), len(x)).tril(), list(range(len(x))))
             assert r.tokens[0] == int((h[-1] @ head.T).argmax()) or not r.tokens
     assert {n for n, _ in seen} == {0, 1, 2, 3} and max(n for _, n in seen) <= 5
@@ -202,19 +218,20 @@ def test_noise_does_not_depend_on_the_batch(pair):
     settings = Sampling("latent", 3, 4, 6, temperature=1.0, noise=1.0, seed=5)
     run = lambda settings, size: Sampler(model, [9], 262, settings, size).generate(batch)
     results = [run(settings, size) for size in (1, 5, 12)]
-    plain = run(replace(settings, noise=0.0), 12)
+    plain = run((settings[0], replace(settings[1], noise=0.0)), 12)
     for rows in zip(*results):
-        assert all(torch.equal(r.ids, rows[0].ids) and r.tokens == rows[0].tokens for r in rows)
-        torch.testing.assert_close(rows[0].probs, rows[1].probs, atol=1e-5, rtol=0)
-    by_id = lambda r: r.probs[0][r.ids[0].argsort()]
-    noisy = [(by_id(r), by_id(p)) for r, p in zip(results[0], plain) if len(r.ids)]
+        assert all(ids_of(r) == ids_of(rows[0]) and r.tokens == rows[0].tokens for r in rows)
+        for (a, _), (b, _) in zip(rows[0].latents, rows[1].latents):
+            np.testing.assert_allclose(a, b, atol=1e-5, rtol=0)
+    by_id = lambda r: r.latents[0][0][r.latents[0][1].argsort()]
+    noisy = [(by_id(r), by_id(p)) for r, p in zip(results[0], plain) if r.latents]
     assert noisy and all(
-        not torch.allclose(a, b) and float((a / b).log().abs().max()) < 4.6 for a, b in noisy
+        not np.allclose(a, b) and np.abs(np.log(a / b)).max() < 4.6 for a, b in noisy
     )
     assert all(
-        (r.ids[:, 0] != 9).all() and (r.probs.diff(dim=-1) <= 0).all() for r in results[0]
+        ids[0] != 9 and (np.diff(probs) <= 0).all() for r in results[0] for probs, ids in r.latents
     )  # the likeliest after noise comes first
-    assert any(not torch.equal(r.ids[0], p.ids[0]) for r, p in zip(results[0], plain) if len(r.ids))
+    assert any(ids_of(r)[0] != ids_of(p)[0] for r, p in zip(results[0], plain) if r.latents)
 
 
 def test_many_prompts(checkpoint):
@@ -224,56 +241,52 @@ def test_many_prompts(checkpoint):
     different = prompts(200, seed=8)
     which = [rng.randrange(200) for _ in range(10_000)]
     settings = Sampling("latent", 3, 3, 4, temperature=0)
-    sampler, order = Sampler(model, [9], 262, settings, 512), []
-    results = sampler.generate([different[i] for i in which], done=lambda i, r: order.append(i))
-    assert sorted(order) == list(range(10_000))
+    sampler = Sampler(model, [9], 262, settings, 512)
+    results = sampler.generate([different[i] for i in which])  # it looks that each comes once
+    assert len(results) == 10_000
     alone = Sampler(model, [9], 262, settings, 1).generate(different)
     assert (
-        len({(*r.tokens, *r.ids.flatten().tolist()) for r in alone}) > 150
+        len({(*r.tokens, *sum(ids_of(r), [])) for r in alone}) > 150
     )  # prompts are told apart by their results
     assert all(
-        r.tokens == alone[i].tokens and torch.equal(r.ids, alone[i].ids)
+        r.tokens == alone[i].tokens and ids_of(r) == ids_of(alone[i])
         for r, i in zip(results, which)
     )
 
 
-def test_display_shows_the_result_as_it_grows(checkpoint, capsys):
-    """What a person sees of a problem, piece by piece, is the result."""
-    model, tokenizer, _ = load_model(checkpoint())
+def test_display_shows_the_result_as_it_grows(thinker, command):
+    """What a person sees of a problem, piece by piece, is the result; of several, one after the other."""
+    directory, problems = thinker("latent", 3), ["1+1", "2*3"]
+    budgets = ["--max-latents", 4, "--max-new-tokens", 9, "--temperature", 1]
+    code, both, error = command(
+        sample.main, "--model", directory, "--prompt", *problems, *budgets, "--device", "cpu"
+    )
+    assert code == 0, error
+    _, shown, _ = command(
+        sample.main, "--model", directory, "--prompt", "1+1", *budgets, "--device", "cpu"
+    )
+    model, tokenizer, reasoning = load_model(directory)
     settings, seen = Sampling("latent", 3, 4, 9, temperature=1.0), []
+    assert (reasoning.thinking, reasoning.top_k) == ("latent", 3)
     sampler = Sampler(model, tokenizer.end_think, tokenizer.end_of_turn, settings, 1)
-    answer(sampler, tokenizer, "1+1")
-    shown = capsys.readouterr().out
-    watch = lambda i, r: seen.append((len(r.ids), len(r.tokens)))  # noqa: E731
+    watch = lambda r: seen.append((len(r.latents), len(r.tokens)))  # noqa: E731
     (result,) = sampler.generate([tokenizer.prompt("1+1")], watch=watch)
-    numbered = [line for line in shown.splitlines() if line[:4].strip().isdigit()]
-    assert len(result.ids) > 0 and [int(line[:4]) for line in numbered[: len(result.ids)]] == list(
-        range(1, len(result.ids) + 1)
-    )
-    for line, probs, ids in zip(numbered, result.probs.tolist(), result.ids.tolist()):
-        assert all(
-            f"{tokenizer.decode([i])!r} " in line and f"{p:.2f}" in line for p, i in zip(probs, ids)
+    (second,) = sampler.generate([tokenizer.prompt("2*3")], [1])
+    assert both.startswith(shown)
+    for r, text in ((result, shown), (second, both.removeprefix(shown))):
+        numbered = [line for line in text.splitlines() if line[:4].strip().isdigit()]
+        count = len(r.latents)
+        assert count > 0 and [int(line[:4]) for line in numbered[:count]] == list(
+            range(1, count + 1)
         )
-    assert tokenizer.decode(result.tokens).rstrip("\N{REPLACEMENT CHARACTER}") in shown
+        for line, (probs, ids) in zip(numbered, r.latents):
+            assert all(
+                f"{tokenizer.decode([i])!r} " in line and f"{p:.2f}" in line
+                for p, i in zip(probs, ids)
+            )
+        assert tokenizer.decode(r.tokens).rstrip("\N{REPLACEMENT CHARACTER}") in text
+        assert ("[budget used up]" in text) != r.finished
     assert seen == sorted(seen) and seen[0] == (1, 0) and len(set(seen)) > len(result.tokens)
-
-
-def test_rows_wait_for_room(pair, monkeypatch):
-    """With memory for three rows of the cache, the others wait, and nothing else changes."""
-    model, _ = pair
-    batch, settings = prompts(9, seed=9), Sampling("latent", 3, 4, 5, temperature=0)
-    expected = Sampler(model, [9], 262, settings, 9).generate(batch)
-    length = BLOCK  # more than a row needs
-    monkeypatch.setattr(
-        sample,
-        "free_memory",
-        lambda device: 3.9 / 0.8 * KVCache.bytes_per_row(model.config, length, torch.float64),
-    )
-    sampler = Sampler(model, [9], 262, settings, 9)
-    assert [r.tokens for r in sampler.generate(batch)] == [
-        r.tokens for r in expected
-    ] and sampler.cache.kv.shape[2] == 3
-    assert KVCache.bytes_per_row(model.config, length, torch.float64) * 3 == sampler.cache.kv.nbytes
 
 
 def test_full_vocabulary(pair):
@@ -285,17 +298,17 @@ def test_full_vocabulary(pair):
         batch,
         Sampler(model, [261], 262, Sampling("latent", 0, 4, 3, temperature=0), 3).generate(batch),
     ):
-        x, size = list(E[torch.tensor(prompt)]), len(r.ids)
-        assert size and r.ids.shape == (size, 10)
+        x = list(E[torch.tensor(prompt)])
+        assert r.latents and all(probs.shape == ids.shape == (10,) for probs, ids in r.latents)
         with torch.no_grad():
-            for probs, ids in zip(r.probs, r.ids):
+            for probs, ids in r.latents:
                 h = oracle.run(
                     hf, torch.stack(x), torch.ones(len(x), len(x)).tril(), list(range(len(x)))
                 )[-1]
                 alpha = (h @ head.T).softmax(-1)
                 assert alpha.topk(10).indices.tolist() == ids.tolist()
                 torch.testing.assert_close(
-                    probs.double(), alpha.topk(10).values, atol=1e-6, rtol=1e-4
+                    torch.from_numpy(probs).double(), alpha.topk(10).values, atol=1e-6, rtol=1e-4
                 )
                 x.append(alpha @ E)
 

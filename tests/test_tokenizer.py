@@ -181,7 +181,7 @@ def test_prompts(pair):
         ),
         (
             lambda s: s["pre_tokenizer"]["pretokenizers"][1].update(add_prefix_space=True),
-            "pre-tokenizer",
+            "add_prefix_space",
         ),
         (
             lambda s: s.update(

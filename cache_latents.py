@@ -2,8 +2,8 @@
 
     python cache_latents.py --phase1 runs/phase1 --data train.jsonl --out runs/cache
 
-OUT/shard-00000.safetensors ... hold `probs` float16 [sum N, k], `ids` int32 [sum N, k] (none for
-top-k 0) and `sizes` int64 [examples], the N of each example. OUT/cache.json is written last.
+OUT/shard-00000.safetensors ... hold `probs` float16 [sum N, k], `ids` int32 [sum N, k] and `sizes`
+int64 [examples], the N of each example. OUT/cache.json is written last.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line
@@ -53,7 +53,7 @@ def identity(phase1, data, count):
 
 @torch.no_grad()
 def encode(encoder, examples, row_tokens, device):
-    """(probs float16 [N, k], ids int32 [N, k] or None) of each example, on the CPU."""
+    """(probs float16 [N, k], ids int32 [N, k]) of each example, on the CPU."""
     cached, r = [None] * len(examples), encoder.r
     lengths = [num_tokens("encoder", e, r) for e in examples]
     shape = row_shape(lengths, len(examples), row_tokens, device)
@@ -61,9 +61,9 @@ def encode(encoder, examples, row_tokens, device):
         row = pack_examples("encoder", [examples[i] for i in group], r, shape)
         probs, ids, _ = encoder(to_device(row, device))
         sizes = [num_latents(examples[i], r) for i in group]
-        ids = [None] * len(group) if ids is None else ids.int().cpu().split(sizes)
-        for i, *alpha in zip(group, probs.half().cpu().split(sizes), ids):
-            cached[i] = tuple(alpha)
+        alphas = zip(probs.half().cpu().split(sizes), ids.int().cpu().split(sizes))
+        for i, alpha in zip(group, alphas):
+            cached[i] = alpha
     return cached
 
 
@@ -83,8 +83,7 @@ def read_cache(directory, expected):
     for shard in sorted(path.parent.glob("shard-*.safetensors")):
         tensors, _ = read_tensors(shard)
         sizes = tensors["sizes"].tolist()
-        ids = tensors["ids"].split(sizes) if "ids" in tensors else [None] * len(sizes)
-        cached += zip(tensors["probs"].split(sizes), ids)
+        cached += zip(tensors["probs"].split(sizes), tensors["ids"].split(sizes))
     if len(cached) != found["count"]:
         raise UserError(f"{directory}: shards are missing; delete the cache and make it again")
     return cached
@@ -109,8 +108,8 @@ def main():
                 part = examples[number * SHARD : (number + 1) * SHARD]
                 cached = encode(encoder, part, s.row_tokens, process.device)
                 sizes = torch.tensor([len(probs) for probs, _ in cached])
-                tensors = dict(zip(("probs", "ids"), concatenate(cached)), sizes=sizes)
-                write_tensors(path, {k: x for k, x in tensors.items() if x is not None})
+                probs, ids = concatenate(cached)
+                write_tensors(path, {"probs": probs, "ids": ids, "sizes": sizes})
         barrier()
         write_json(out / "cache.json", made_from)
 

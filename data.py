@@ -18,7 +18,7 @@ from masks import ANSWER, LATENT, PROMPT, TEXT, Labels, dual_track_positions
 class Example:
     """Token ids of one example. `prompt` is Q <think>, `answer` ends with the end-of-turn token.
 
-    alpha: in phase 2 its cached latents, (probs float16 [N, k], ids int32 [N, k] or None).
+    alpha: in phase 2 its cached latents, (probs float16 [N, k], ids int32 [N, k]).
     """
 
     prompt: list[int]
@@ -32,8 +32,7 @@ def text_field(row, key):
     """row[key], a string that is not blank. Raises KeyError or ValueError."""
     value = row[key]
     if not isinstance(value, str) or not value.strip():
-        state = "empty" if isinstance(value, str) else "not a string"
-        raise ValueError(f'the field "{key}" is {state}')
+        raise ValueError(f'the field "{key}" is empty or not a string')
     return value
 
 

@@ -1,7 +1,7 @@
 """Latent tokens as arithmetic: superposition, losses and noise. All in float32.
 
 A latent's distribution alpha is (probs, ids): the k most likely tokens, float and int [n, k].
-For the full vocabulary (k = 0) ids is None and probs is [n, vocab_size].
+For the full vocabulary (k = 0) probs is [n, vocab_size] and ids is [n, 0].
 """
 
 import torch
@@ -12,14 +12,14 @@ from lib.fast import chunks, kl_divergence, precise
 def top_probs(logits, k):
     """alpha of logits [n, V]: softmax over the k largest, most likely first; k = 0: over all."""
     if k == 0:
-        return precise(logits).softmax(-1), None
+        return precise(logits).softmax(-1), logits[:, :0].long()
     top, ids = precise(logits).topk(k)
     return top.softmax(-1), ids
 
 
 def superpose(probs, ids, embedding):
     """z = sum_v alpha_v e_v, [n, hidden_size], from the embedding matrix [V, hidden_size]."""
-    if ids is None:
+    if not ids.shape[1]:
         return probs.to(embedding.dtype) @ embedding
     return torch.einsum("nk,nkd->nd", probs.to(embedding.dtype), embedding[ids])
 
@@ -42,7 +42,7 @@ def induce(hidden_states, embedding, k):
 def concatenate(alphas):
     """The latents of several examples as one (probs, ids)."""
     probs, ids = zip(*alphas)
-    return torch.cat(probs), None if ids[0] is None else torch.cat(ids)
+    return torch.cat(probs), torch.cat(ids)
 
 
 def cross_entropy(hidden_states, head, targets):
@@ -78,7 +78,7 @@ def add_noise(probs, ids, gumbel, forbidden, scale, temperature):
     probs = precise(probs)
     noisy = ((probs.log() + (scale * gumbel).clamp(-1.5, 3.0)) / temperature).softmax(-1)
     top = noisy.argmax(-1, keepdim=True)
-    top = top if ids is None else ids.gather(-1, top)
+    top = ids.gather(-1, top) if ids.shape[-1] else top
     return torch.where(top == forbidden, probs, noisy)
 
 

@@ -103,10 +103,10 @@ def pick(logits, uniform, temperature, top_p):
     """
     probs, ids = (logits / temperature).softmax(-1).sort(-1, descending=True)
     cumulative = probs.cumsum(-1)
-    outside = cumulative - probs >= top_p
-    cumulative = cumulative.masked_fill(outside, 0).cummax(-1).values  # flat behind the nucleus
-    place = (cumulative <= uniform[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-    return ids.gather(-1, place.clamp(max=probs.shape[-1] - 1)).squeeze(-1)
+    nucleus = cumulative - probs < top_p
+    total = (cumulative * nucleus).amax(-1, keepdim=True)
+    place = (nucleus & (cumulative < uniform[:, None] * total)).sum(-1, keepdim=True)
+    return ids.gather(-1, place).squeeze(-1)
 
 
 class Sampler:
@@ -221,7 +221,7 @@ class Sampler:
         E = self.model.embed_tokens.weight
         x = E[self.token.clamp(min=0)]
         if self.thinking == "latent":
-            alpha = (self.probs, self.ids) if self.k else (self.full, None)
+            alpha = (self.probs, self.ids) if self.k else (self.full, self.ids[:, :0])
             x = torch.where((self.token == LATENT)[:, None], superpose(*alpha, E), x)
         position_ids, attend = self.cache.lengths.clone(), self.cache.decode(self.token != DONE)
         self._look(self.model(x, position_ids, attend), self.rows)

@@ -48,7 +48,7 @@ class LatentRow:
 
     row: PackedBatch
     probs: torch.Tensor
-    ids: torch.Tensor | None
+    ids: torch.Tensor
     weights: torch.Tensor
 
 
@@ -78,7 +78,7 @@ class Phase2(Task):
         sizes = torch.tensor([len(e.alpha[0]) for e in examples])
         weights = (1 / sizes).repeat_interleave(sizes)
         row = pack_examples("latent", examples, self.r, shape)
-        return LatentRow(row, probs.float(), None if ids is None else ids.long(), weights)
+        return LatentRow(row, probs.float(), ids.long(), weights)
 
     def forward(self, batch):
         row, probs, ids, s = batch.row, batch.probs, batch.ids, self.s

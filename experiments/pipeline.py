@@ -50,13 +50,11 @@ class Pipeline:
     def __init__(self, task, out, s):
         self.task, self.out, self.s, self.begin = task, out, s, time.time()
 
-    def stage(self, script, name, done="finished.json", **settings) -> Path:
-        """Runs a script that writes out/name, unless it is done. Returns the path."""
-        path = self.out / name
-        if not (path / done).exists():
-            print(f"\n[{time.time() - self.begin:4.0f} s] {name}: {script}", flush=True)
-            call(script, out=path, device=self.s.device, **settings)
-        return path
+    def stage(self, script, name, **settings) -> Path:
+        """Runs a script that writes out/name, or goes on with what is there. Returns the path."""
+        print(f"\n[{time.time() - self.begin:4.0f} s] {name}: {script}", flush=True)
+        call(script, out=self.out / name, device=self.s.device, **settings)
+        return self.out / name
 
     def train(self, script, name, **settings) -> Path:
         settings |= {"max_steps": 2, "batch_size": 4} if self.s.smoke else {}
@@ -66,7 +64,7 @@ class Pipeline:
         """Phase 1, the latent cache and phase 2 from the CoT-SFT model `cot`."""
         one = self.train("train_phase1.py", f"{name}-phase1", model=cot, **phase1, **data)
         made_from = {"phase1": one, "data": data["data"]}
-        cache = self.stage("cache_latents.py", f"{name}-cache", "cache.json", **made_from)
+        cache = self.stage("cache_latents.py", f"{name}-cache", **made_from)
         return self.train("train_phase2.py", name, phase1=one, cache=cache, **phase2, **data)
 
     def baselines(self, sft, tests, evaluation) -> Path:
@@ -82,7 +80,7 @@ class Pipeline:
         settings |= {"max_latents": 4, "max_new_tokens": 4} if self.s.smoke else {}
         name = f"eval-{run.relative_to(self.out)}-{tests[0].stem}".replace("/", "-")
         settings |= {"model": run, "data": tests, "arms": arms}
-        path = self.stage("eval.py", name, "summary.json", **settings)
+        path = self.stage("eval.py", name, **settings)
         return read_json(path / "summary.json")
 
     def best(self, run, valid, **settings) -> Path:

@@ -70,7 +70,7 @@ class GradientOfB(torch.autograd.Function):
 def kl_divergence(hidden_states, head, probs, ids, weights):
     """sum_n weights_n KL(alpha_n || q_n), q = softmax of the logits hidden_states [n, d] @ head^T.
 
-    alpha is (probs [n, k], ids [n, k]); ids None: probs [n, V]. Logits live for one chunk at a
+    alpha is (probs [n, k], ids [n, k]); ids [n, 0]: probs [n, V]. Logits live for one chunk at a
     time. The gradient is taken in forward, so that backward need not make them again.
     """
     return KLDivergence.apply(hidden_states, head, precise(probs), ids, weights)
@@ -79,7 +79,7 @@ def kl_divergence(hidden_states, head, probs, ids, weights):
 def kl_of_logits(logits, probs, ids, weights):
     """The sum for logits [n, V]."""
     x = precise(logits)
-    log_q = (x if ids is None else x.gather(-1, ids)) - x.logsumexp(-1, keepdim=True)
+    log_q = (x.gather(-1, ids) if ids.shape[1] else x) - x.logsumexp(-1, keepdim=True)
     return (weights[:, None] * (torch.xlogy(probs, probs) - probs * log_q)).sum()
 
 
@@ -90,24 +90,22 @@ compiled = cache(partial(torch.compile, dynamic=True))
 class KLDivergence(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, head, probs, ids, weights):
-        total, head = precise(h.new_zeros(())), head.to(h.dtype)
-        learns = ctx.needs_input_grad
-        grads = [torch.zeros_like(x) if need else None for x, need in zip((h, head), learns)]
+        total, head, grad_h = precise(h.new_zeros(())), head.to(h.dtype), torch.zeros_like(h)
+        grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         function = compiled(gradient_and_kl) if h.is_cuda else gradient_and_kl
         for part in chunks(h, len(head)):
-            alpha = probs[part], None if ids is None else ids[part], weights[part]
-            grad, loss = function(h[part] @ head.T, *alpha)
+            grad, loss = function(h[part] @ head.T, probs[part], ids[part], weights[part])
             total += loss
-            if learns[0]:
-                grads[0][part] = grad @ head
-            if learns[1]:
-                grads[1] += grad.T @ h[part]
-        ctx.save_for_backward(*grads)
+            grad_h[part] = grad @ head
+            if grad_head is not None:
+                grad_head += grad.T @ h[part]
+        ctx.save_for_backward(grad_h, grad_head)
         return total
 
     @staticmethod
     def backward(ctx, grad):
-        return *(None if x is None else grad * x for x in ctx.saved_tensors), None, None, None
+        grad_h, grad_head = ctx.saved_tensors
+        return grad * grad_h, None if grad_head is None else grad * grad_head, None, None, None
 
 
 def recorded(run):

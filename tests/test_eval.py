@@ -423,7 +423,9 @@ def test_an_answer_may_be_a_number(tmp_path):
     assert [p.answer for p in evaluation.load_problems(path)] == ["42", "0.5", "1" + "0" * 400]
     for answer in ("[42]", "true", "NaN", "Infinity"):
         path.write_text('{"problem": "6 * 7?", "answer": %s}\n' % answer)
-        with pytest.raises(UserError, match='line 1: .*the field "answer" is not a string'):
+        with pytest.raises(
+            UserError, match='line 1: .*the field "answer" is empty or not a string'
+        ):
             evaluation.load_problems(path)
 
 

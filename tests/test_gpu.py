@@ -66,11 +66,7 @@ def random_examples(count: int, k: int = 10, seed: int = 0) -> list[data.Example
             ids(rng.randint(1, 20)),
         )
         n = data.num_latents(e, 3)
-        top = (
-            torch.stack([torch.randperm(V, generator=generator)[:k] for _ in range(n)])
-            if k
-            else None
-        )
+        top = torch.stack([torch.randperm(V, generator=generator)[:k] for _ in range(n)])
         probs = torch.rand(n, k or V, generator=generator).softmax(-1)
         examples.append(replace(e, alpha=(probs, top)))
     return examples

@@ -103,7 +103,7 @@ def phase2_task(directory, examples, r=2, k=3, **more):
     with_latents = []
     for e in examples:
         alpha = torch.randn(data_module.num_latents(e, r), model.config.vocab_size).softmax(-1)
-        probs, ids = (alpha, None) if k == 0 else alpha.topk(k)
+        probs, ids = (alpha, alpha[:, :0].long()) if k == 0 else alpha.topk(k)
         with_latents.append(replace(e, alpha=(probs, ids)))
     s = phase2_settings(w_ce=0.7, w_kl=1.3, **more)
     task = Phase2(Runner(model), s, Reasoning("latent", k, r), examples[0].end_think[0])
@@ -180,7 +180,7 @@ def test_phase2_loss(checkpoint, examples, kind, tied, k):
     task, with_latents = phase2_task(checkpoint(kind, tied), examples, k=k)
     hf = merged_hf(checkpoint(kind, tied), task.model, "student")
     alphas = [
-        (probs, torch.arange(probs.shape[1]).expand_as(probs) if ids is None else ids)
+        (probs, torch.arange(probs.shape[1]).expand_as(probs) if not ids.shape[1] else ids)
         for probs, ids in (e.alpha for e in with_latents)
     ]
     expected, ce, kl = oracle.phase2_loss(hf, list(map(theirs, examples)), alphas, 0.7, 1.3)

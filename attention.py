@@ -107,11 +107,11 @@ class Runner:
     """Runs a model on packed rows.
 
     graphs: in training, rows of one shape are replayed as CUDA graphs. recompute: backward computes
-    each layer again, which takes less memory. Not both.
+    each layer again, which takes less memory. Not both. dtype: of the layers' arithmetic.
     """
 
-    def __init__(self, model, graphs=False, recompute=False):
-        self.model, self.recompute = model, recompute
+    def __init__(self, model, graphs=False, recompute=False, dtype=None):
+        self.model, self.recompute, self.dtype = model, recompute, dtype
         self.recorded, self.graphs = {}, graphs and not recompute
 
     def __call__(self, inputs_embeds, row, rule, adapter=None):
@@ -128,7 +128,8 @@ class Runner:
     def run(self, inputs_embeds, row, rule, adapter):
         attend = repeat(PackedAttention(row.labels, rule))
         projected = partial(project, adapter=adapter)
-        return self.model(inputs_embeds, row.position_ids, attend, projected, self.recompute)
+        x = inputs_embeds.to(self.dtype or inputs_embeds.dtype)
+        return self.model(x, row.position_ids, attend, projected, self.recompute)
 
 
 class RecordedRow(nn.Module):

@@ -52,7 +52,7 @@ def load_examples(path, tokenizer, say=print, chain=True):
     """
     examples, rows = [], read_jsonl(path)
     for row in rows:
-        with reading(path, row["_line"]):
+        with reading(row["_place"]):
             has_chain = chain and row["cot"] != ""
             tokens = tokenizer.encode(written_chain(row)) if has_chain else []
             answer = tokenizer.encode(text_field(row, "cot_answer")) + [tokenizer.end_of_turn]
@@ -211,14 +211,14 @@ def distribute(lengths, ranks, budget, most):
     count = max(-(-sum(lengths) // budget), -(-len(lengths) // most))
     while True:
         count = min(-(-count // ranks) * ranks, len(lengths))
-        rows, open_rows = [[] for _ in range(count)], [(0, row) for row in range(count)]
+        rows, loads = [[] for _ in range(count)], [(0, row) for row in range(count)]
         for i in order:
-            load, row = heapq.heappop(open_rows) if open_rows else (budget, 0)
-            if load + lengths[i] > budget and count < len(lengths):
-                break  # it fits nowhere
+            load, row = loads[0]
+            full = load + lengths[i] > budget or len(rows[row]) == most
+            if full and count < len(lengths):
+                break  # more rows are needed
             rows[row].append(i)
-            if len(rows[row]) < most:
-                heapq.heappush(open_rows, (load + lengths[i], row))
+            heapq.heapreplace(loads, (load + lengths[i], row))
         else:
             return rows
         count += max(1, count // 10)

@@ -24,13 +24,14 @@ from dataclasses import dataclass, replace
 import json
 import math
 from pathlib import Path
+import re
 import time
 
 import numpy as np
 from tqdm import tqdm
 
 from data import text_field, written_chain
-from lib.cli import matching, parse
+from lib.cli import parse
 from lib.errors import UserError
 from lib.files import read_jsonl, reading, write_json, write_text
 from lib.grader import boxed, grade
@@ -47,7 +48,7 @@ OPENING = "\\boxed{"  # a forced answer begins with it
 class Settings(SamplingParams):
     data: tuple[str, ...]  # benchmark files
     out: str  # directory of predictions and summaries
-    arms: tuple[matching(ARMS), ...] = ("free",)  # what to compare: see above
+    arms: tuple[str, ...] = ("free",)  # what to compare: see above
     samples: int = 1  # answers to each problem, for pass@k
     batch_size: int = 64  # sequences side by side
 
@@ -63,7 +64,7 @@ def load_problems(path):
     """The problems of a file. Raises UserError with file and line."""
     problems = []
     for row in read_jsonl(path):
-        with reading(path, row["_line"]):
+        with reading(row["_place"]):
             answer = row["answer"] if "answer" in row else boxed(text_field(row, "cot_answer"))
             if type(answer) is int or type(answer) is float and math.isfinite(answer):
                 answer = str(answer)
@@ -108,13 +109,15 @@ class Arm:
         self.vocab_size = model.config.vocab_size
         self.opening = OPENING if name in ("forced", "floor") else ""
         ends = tokenizer.end_think + tokenizer.encode(self.opening), tokenizer.end_of_turn
+        if not re.fullmatch(ARMS, name):
+            raise UserError(f"--arms {name}: is none of {ARMS}")
         if reasoning.thinking != "latent" and name not in ("free", "floor"):
             raise UserError(f"--arms {name}: this model does not think in latents")
         self.free = Sampler(model, reasoning, ends, replace(s, max_new_tokens=1), s.batch_size)
         change = {"floor": {"thinking": "none"}, "argmax": {"top_k": 1}}.get(name, {})
         reasoning = replace(reasoning, **change)
         if name.startswith("cut-"):
-            s = replace(s, max_latents=min(int(name[4:]), s.max_latents))
+            s = replace(s, max_latents=int(name[4:]))
         function = {"random": self.random_tokens, "other": self.of_others}.get(name)
         self.thinking = reasoning.thinking
         self.sampler = Sampler(model, reasoning, ends, s, s.batch_size, function)
@@ -147,7 +150,7 @@ class Arm:
             begin = time.perf_counter()  # decoding and writing are not sampling
 
     def prediction(self, problem, r):
-        """A readable line about a sample r, a sample.Result, without its verdict."""
+        """A readable line about a sample r, a sample.Sequence, without its verdict."""
         decode, chain, answer = self.tokenizer.decode, [], r.tokens
         if self.thinking == "text":
             chain, answer = split_chain(r.tokens, self.tokenizer.end_think)
@@ -187,11 +190,10 @@ def evaluate(arm, problems, path, process):
     samples, count = arm.s.samples, len(problems) * arm.s.samples
     have = from_rank0(lambda: read_predictions(path, problems, samples))
     numbers = [n for n in range(count) if n not in have][process.rank :: process.world]
-    bar = tqdm(total=len(numbers), desc=path.name, disable=not process.main, mininterval=1)
-    with bar, open(path, "ab", buffering=0) as file:
-        for line in arm.predict(problems, numbers):
+    lines = arm.predict(problems, numbers)
+    with open(path, "ab", buffering=0) as file:
+        for line in tqdm(lines, path.name, len(numbers), disable=not process.main):
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
-            bar.update()
     barrier()
     lines = from_rank0(lambda: read_predictions(path, problems, samples))
     return summarize([lines[n] for n in range(count)], samples)

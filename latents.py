@@ -6,7 +6,7 @@ For the full vocabulary (k = 0) probs is [n, vocab_size] and ids is [n, 0].
 
 import torch
 
-from lib.fast import chunks, kl_divergence, precise
+from lib.fast import LOGITS, kl_divergence, precise
 
 
 def top_probs(logits, k):
@@ -32,9 +32,8 @@ def induce(hidden_states, embedding, k):
     if k == 0:
         return top_probs(hidden_states @ embedding.T, 0)
     with torch.no_grad():
-        parts = chunks(hidden_states, len(embedding))
-        found = [(hidden_states[part] @ embedding.T).topk(k).indices for part in parts]
-        ids = torch.cat(found) if found else hidden_states.new_empty(0, k, dtype=torch.long)
+        parts = hidden_states.split(max(1, LOGITS // len(embedding)))
+        ids = torch.cat([(part @ embedding.T).topk(k).indices for part in parts])
     logits = (precise(hidden_states)[:, None] * precise(embedding[ids])).sum(-1)
     return logits.softmax(-1), ids
 
@@ -82,6 +81,6 @@ def add_noise(probs, ids, gumbel, forbidden, scale, temperature):
     return torch.where(top == forbidden, probs, noisy)
 
 
-def gumbel_like(probs, generator=None):
+def gumbel_like(probs):
     """Standard Gumbel numbers, float32, in the shape and on the device of `probs`."""
-    return -torch.empty_like(probs, dtype=torch.float32).exponential_(generator=generator).log()
+    return -torch.empty_like(probs, dtype=torch.float32).exponential_().log()

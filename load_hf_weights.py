@@ -16,7 +16,7 @@ import torch
 
 from lib.cli import parse
 from lib.errors import UserError
-from lib.files import atomic, file_hash, read_json, read_tensors, reading, write_json, write_tensors
+from lib.files import file_hash, read_json, read_tensors, reading, write_json, write_tensors
 from lib.run import output_directory
 from lib.tokenizer import Tokenizer
 import lora
@@ -167,8 +167,7 @@ def save_checkpoint(model, source, out, reasoning):
     write_tensors(out / "model.safetensors", {hf_name(n): p.to(dtype) for n, p in named})
     for name in COPIED.split():
         if (source / name).exists():
-            with atomic(out / name) as temporary:
-                shutil.copyfile(source / name, temporary)
+            shutil.copy(source / name, out)
     write_json(out / "config.json", config | {"latent_sft": asdict(reasoning)})
 
 

@@ -89,8 +89,6 @@ def save_adapter(path, model, name, **more: torch.Tensor):
 def load_adapter(path, model, name):
     """Reads file `path` into the adapter `name`, made if there is none. Returns other tensors."""
     tensors, metadata = read_tensors(path)
-    if "rank" not in metadata:
-        raise UserError(f"{path}: is not an adapter file of this program")
     if name not in getattr(linears(model)[0][1], "adapters", {}):
         add_adapter(model, name, metadata["rank"], metadata["alpha"])
     for key, p in adapter_parameters(model, name).items():

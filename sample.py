@@ -51,27 +51,19 @@ class Settings(SamplingParams):
     prompt: tuple[str, ...]  # one problem, or several
 
 
-@dataclass
-class Result:
-    """latents: (probs float32 [k], ids int64 [k]) of each that was fed, most likely token first.
-
-    tokens: what was sampled, without the end-of-turn token. finished: that token came in time.
-    """
-
-    latents: list[tuple[np.ndarray, np.ndarray]]
-    tokens: list[int]
-    finished: bool
-
-
 class Sequence:
-    """Where one prompt is: it thinks, then closes (reads </think>), then answers."""
+    """Where one prompt is: it thinks, then closes (reads </think>), then answers.
+
+    latents: (probs float32 [k], ids int64 [k]) of each that it read, the most likely token first.
+    tokens: what it sampled, without the end-of-turn token. finished: that token came in time.
+    """
 
     def __init__(self, prompt, number, sampler):
         self.prompt, self.number, self.sampler = prompt, number, sampler
         self.thinking = sampler.thinking == "latent"
         self.closing = [] if sampler.thinking == "text" else [*sampler.end_think]
         self.rng = np.random.default_rng((sampler.params.seed, number))  # not of the answer
-        self.latents, self.tokens = [], []
+        self.latents, self.tokens, self.finished = [], [], False
 
     def advance(self, token, top, latent):
         """What it reads next: a token, LATENT or DONE.
@@ -86,14 +78,9 @@ class Sequence:
         self.thinking = False
         if self.closing:
             return self.closing.pop(0)
-        self.tokens.append(token)
-        done = token == self.sampler.end_of_turn or len(self.tokens) >= p.max_new_tokens
-        return DONE if done else token
-
-    def result(self):
-        """What it has so far."""
-        finished = self.tokens[-1:] == [self.sampler.end_of_turn]
-        return Result(self.latents, self.tokens[: len(self.tokens) - finished], finished)
+        self.finished = token == self.sampler.end_of_turn
+        self.tokens += [] if self.finished else [token]
+        return DONE if self.finished or len(self.tokens) >= p.max_new_tokens else token
 
 
 def pick(logits, uniform, temperature, top_p):
@@ -133,10 +120,10 @@ class Sampler:
 
     @torch.no_grad()
     def generate(self, prompts, numbers=None, watch=None):
-        """Yields (number, Result) of each prompt (ids of Q <think>) as it ends.
+        """Yields (number, Sequence) of each prompt (ids of Q <think>) as it ends.
 
         A prompt's random numbers depend on the seed and its number (its place, or `numbers`), not
-        on the batch. watch(result) is called after each step with the unfinished ones.
+        on the batch. watch(sequence) is called after each step with those that go on.
         """
         each, running = zip(prompts, numbers or range(len(prompts))), {}
         waiting = deque(Sequence(*x, self) for x in each)
@@ -150,9 +137,9 @@ class Sampler:
             reads = self._advance(running)
             for row in [row for row in running if reads[row] == DONE]:
                 s = running.pop(row)
-                yield s.number, s.result()
+                yield s.number, s
             for s in running.values() if watch else ():
-                watch(s.result())
+                watch(s)
             if running:
                 self.token.copy_(torch.tensor(reads))
                 self.step()
@@ -242,18 +229,18 @@ class Sampler:
 
 
 class Display:
-    """Prints a result as it grows: each latent's tokens with their weights, then the answer."""
+    """Prints a sequence as it grows: each latent's tokens with their weights, then the answer."""
 
     def __init__(self, tokenizer):
         self.decode, self.latents, self.text = tokenizer.decode, 0, ""
 
-    def __call__(self, result):
-        for n, latent in enumerate(result.latents[self.latents :], self.latents + 1):
+    def __call__(self, sequence):
+        for n, latent in enumerate(sequence.latents[self.latents :], self.latents + 1):
             words = (f"{self.decode([i])!r} {p:.2f}" for p, i in zip(*latent))
             print(f"{n:4d}  " + "  ".join([*words][:5]))
-        text = self.decode(result.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
+        text = self.decode(sequence.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
         print(text[len(self.text) :], end="", flush=True)
-        self.latents, self.text = len(result.latents), text
+        self.latents, self.text = len(sequence.latents), text
 
 
 def main():
@@ -263,9 +250,9 @@ def main():
     sampler = Sampler(model, reasoning, (tokenizer.end_think, tokenizer.end_of_turn), s)
     for number, problem in enumerate(s.prompt if process.main else ()):
         show = Display(tokenizer)
-        for _, result in sampler.generate([tokenizer.prompt(problem)], [number], show):
-            show(result)
-            print("" if result.finished else " [budget used up]")
+        for _, sequence in sampler.generate([tokenizer.prompt(problem)], [number], show):
+            show(sequence)
+            print("" if sequence.finished else " [budget used up]")
 
 
 if __name__ == "__main__":

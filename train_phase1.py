@@ -19,7 +19,7 @@ from torch import nn
 
 from data import PackedBatch, load_examples, num_latents, num_targets, pack_examples
 from latents import cross_entropy, entropy, induce, segment_loss, superpose
-from lib.cli import matching, parse
+from lib.cli import parse
 from lib.errors import UserError
 from lib.files import read_json, write_json
 from lib.run import join
@@ -28,14 +28,13 @@ import lora
 from masks import RULES, causal
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
-STEP = matching("encoder|decoder|joint")
 LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder", "decoder")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
     model: str  # the CoT-SFT model to start from: a run or a checkpoint directory
-    steps: tuple[STEP, ...] = tuple(LEARNS)  # which steps to train, in order
+    steps: tuple[str, ...] = tuple(LEARNS)  # which steps to train, in order
     compression: int = 2  # chain tokens per latent, r
     top_k: int = 10  # tokens in a superposition, 0 for all
     lr: tuple[float, ...] = (1e-4,)  # peak learning rate, for all steps or one for each

@@ -21,7 +21,6 @@ from lib.run import join
 from load_hf_weights import base_dtype, load_model, resolve, save_checkpoint
 import lora
 from masks import RULES
-from train_phase1 import finished_phase1
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
 
@@ -87,8 +86,7 @@ class Phase2(Task):
             g = gumbel_like(probs)
             probs = add_noise(probs, ids, g, self.end_think, s.noise, s.noise_temperature)
         x = self.model.embed_tokens(row.ids)
-        x = x.to(base_dtype(x.device)) if self.source else x  # weights that learn are float32
-        x = x.index_copy(0, row.latent_index, superpose(probs, ids, E).to(x.dtype))
+        x = x.index_copy(0, row.latent_index, superpose(probs, ids, E))
         if s.scheduled_sampling and self.training:
             x = self.with_own_latents(x, row, E)
         h = self.run(x, row, RULES["latent"], self.adapter)
@@ -107,10 +105,10 @@ class Phase2(Task):
             self.eval()  # as inference, without dropout
             before = self.run(x, row, RULES["latent"], self.adapter)[index - 1]
             self.train()
-            own = induce(before, self.model.head.to(x.dtype), self.reasoning.top_k)
+            own = induce(before, self.model.head.to(before.dtype), self.reasoning.top_k)
         chance = torch.rand(len(labels.starts) - 1, device=x.device)
         chosen = chance[labels.document[index]] < self.s.scheduled_sampling
-        z = torch.where(chosen[:, None], superpose(*own, E).to(x.dtype), x[index])
+        z = torch.where(chosen[:, None], superpose(*own, E), x[index])
         return x.index_copy(0, index, z)
 
     def save(self, out):
@@ -124,7 +122,6 @@ def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
     torch.manual_seed(s.seed)
-    finished_phase1(s.phase1)
     device = torch.device("cpu") if s.shard else process.device  # the layers are spread later
     dtype = torch.float32 if s.all_weights else base_dtype(process.device)
     model, tokenizer, reasoning = load_model(s.phase1, device, dtype)

@@ -14,7 +14,7 @@ from data import load_examples, num_targets, pack_examples
 from latents import cross_entropy
 from lib.cli import parse
 from lib.run import join
-from load_hf_weights import Reasoning, base_dtype, load_model, resolve, save_checkpoint
+from load_hf_weights import Reasoning, load_model, resolve, save_checkpoint
 from masks import RULES
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
@@ -39,8 +39,7 @@ class CoTSFT(Task):
         return pack_examples("cot", examples, shape=shape)
 
     def forward(self, row):
-        x = self.model.embed_tokens(row.ids).to(base_dtype(row.ids.device))  # weights are float32
-        h = self.run(x, row, RULES["cot"])
+        h = self.run(self.model.embed_tokens(row.ids), row, RULES["cot"])
         return {"ce": cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out):

@@ -26,6 +26,7 @@ from data import distribute, num_tokens, row_shape, to_device
 from lib.errors import UserError
 from lib.files import file_hash, read_tensors, write_json, write_tensors, write_text
 from lib.run import barrier, output_directory
+from load_hf_weights import base_dtype
 
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.01)
 CLIP = 1.0  # the largest gradient norm
@@ -90,7 +91,8 @@ def make_runner(model, s, process, shard=False):
             fully_shard(module, ignored_params=set(model.parameters()) - layers)
     if on_gpu := process.device.type == "cuda":
         model.compile_layers()
-    return Runner(model, on_gpu and not shard, s.checkpoint_activations)
+    dtype = base_dtype(process.device)
+    return Runner(model, on_gpu and not shard, s.checkpoint_activations, dtype)
 
 
 @lru_cache(maxsize=2)
@@ -130,7 +132,8 @@ def train(task, examples, s, process, out):
                 "--row-tokens: no example fits; or --batch-size: ranks need equal shares"
             )
         Trainer(task, fitting, s, process, out).loop()
-        task.run.recorded.clear()  # of what learned now; what learns next may differ
+        task.run.recorded.clear()  # recorded and compiled code serves what learned now only
+        torch.compiler.reset()
         gc.collect()
     barrier()
     (out / "resume.safetensors").unlink(missing_ok=True)
@@ -236,11 +239,11 @@ class Trainer:
     def announce(self, first):
         """Says what is trained on what. Drops metrics behind the state from which a run goes on."""
         learned, path = sum(p.numel() for p in self.learned.values()), self.out / "metrics.jsonl"
-        self.process.say(
-            f"{self.out}: {learned:,} parameters learn from {len(self.examples)} examples of "
-            f"{self.s.data}, steps {first + 1} to {self.steps}, on "
-            f"{self.process.world} x {self.process.device}"
+        what = f"{learned:,} parameters learn from {len(self.examples)} examples of {self.s.data}"
+        where = (
+            f"steps {first + 1} to {self.steps}, on {self.process.world} x {self.process.device}"
         )
+        self.process.say(f"{self.out}: {what}, {where}")
         if self.process.main:
             lines = path.read_text().splitlines() if path.exists() else []
             write_text(path, "".join(line + "\n" for line in lines[:first]))

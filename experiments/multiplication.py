@@ -26,7 +26,6 @@ EVAL = dict(temperature=0, max_latents=128, max_new_tokens=160, batch_size=512)
 class Settings(TaskSettings):
     digits: int = 4  # of each factor
     problems: int = 131072  # to train on
-    scale: float = 1.0  # of all numbers of steps
 
 
 def line(a, b, n):
@@ -64,12 +63,11 @@ def main():
         write_text(tests[0], "".join(lines[: 4 if s.smoke else None]))
         if not (out / "train.jsonl").exists():
             write_train(out / "train.jsonl", Path(s.data) / tests[0].name, s)
-        files, steps = {"data": out / "train.jsonl"}, lambda n: {"max_steps": int(n * s.scale)}
-        cot = run.baselines(dict(BOTH, model=s.model, **files, **steps(500)), tests, EVAL)
+        files = {"data": out / "train.jsonl"}
+        cot = run.baselines(dict(BOTH, model=s.model, max_steps=500, **files), tests, EVAL)
         for r in s.rates:
-            many = [int(n * s.scale) for n in (100, 100, 1000)]
-            phase1 = dict(BOTH, compression=r, warmup=0.1, max_steps=many, w_segment=1)
-            phase2 = dict(BOTH, all_weights=True, scheduled_sampling=0.5, keep=3, **steps(4000))
+            phase1 = dict(BOTH, compression=r, warmup=0.1, max_steps=(100, 100, 1000), w_segment=1)
+            phase2 = dict(BOTH, all_weights=True, scheduled_sampling=0.5, keep=3, max_steps=4000)
             latent = run.latent(f"latent-r{r}", cot, phase1, phase2, **files)
             for kept in sorted(latent.glob("step-*")):
                 run.rows(f"Latent r = {r}, {kept.name}", kept, tests, **EVAL)

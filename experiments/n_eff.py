@@ -52,7 +52,7 @@ def load_solutions(paths) -> dict[str, list[str]]:
     solutions = {}
     for path in paths:
         for row in read_jsonl(path):
-            with reading(path, row["_line"]):
+            with reading(row["_place"]):
                 chain = written_chain(row).strip()
                 chains = solutions.setdefault(text_field(row, "problem"), [])
                 chains += [chain] * (chain not in chains)

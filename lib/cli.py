@@ -21,17 +21,6 @@ def number(kind):
     return convert
 
 
-def matching(pattern):
-    """The type of a setting: text that matches `pattern` as a whole."""
-
-    def text(text):
-        if not re.fullmatch(pattern, text):
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {pattern}")
-        return text
-
-    return text
-
-
 def comments(settings):
     """The comment behind each field of a dataclass and of those that it extends."""
     source = "".join(inspect.getsource(cls) for cls in settings.__mro__[-2::-1])
@@ -44,15 +33,14 @@ def parse(settings, description):
     form, texts = argparse.RawDescriptionHelpFormatter, comments(settings)
     p = argparse.ArgumentParser(description=description, formatter_class=form)
     for f in fields(settings):
-        flag, text, default = "--" + f.name.replace("_", "-"), texts[f.name], f.default
-        if f.type is bool:
-            p.add_argument(flag, action="store_true", help=text)
-            continue
-        more, (kind, *many) = {"required": True}, get_args(f.type) or [f.type]  # a tuple, or one
-        if default is not MISSING:
-            more = {"default": default}
-            text += f" (default: {str(default).strip('(),')})" if default != "" else ""
-        kind = number(kind) if kind in (int, float) else kind
-        p.add_argument(flag, type=kind, nargs="+" if many else None, help=text, **more)
+        many, text = get_args(f.type), texts[f.name]  # a tuple takes several values
+        kind = many[0] if many else f.type
+        if f.default not in (MISSING, "", False):
+            text += f" (default: {str(f.default).strip('(),')})"
+        convert = number(kind) if kind in (int, float) else kind
+        more = {"type": convert, "nargs": "+" if many else None}
+        more = {"action": "store_true"} if kind is bool else more
+        more |= {"required": f.default is MISSING, "default": f.default}
+        p.add_argument("--" + f.name.replace("_", "-"), help=text, **more)
     values = vars(p.parse_args())
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})

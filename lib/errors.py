@@ -26,11 +26,10 @@ def explain(error):
         return "out of memory; use --checkpoint-activations or smaller --row-tokens, --batch-size"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    frames, where = traceback.extract_tb(error.__traceback__), type(error).__name__
+    frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if f.filename.startswith(ROOT) and ".venv" not in f.filename]
-    for frame in ours[-1:]:
-        where += f" in {Path(frame.filename).name}:{frame.lineno}"
-    return f"{where}: {text}; set LATENT_SFT_DEBUG=1 for the traceback"
+    place = "".join(f" in {Path(f.filename).name}:{f.lineno}" for f in ours[-1:])
+    return f"{type(error).__name__}{place}: {text}; set LATENT_SFT_DEBUG=1 for the traceback"
 
 
 def report(kind, error, trace):

@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 
-LOGITS = {"cpu": 2**23, "cuda": 2**28}  # vocabulary logits that live at a time
+LOGITS = 2**26  # vocabulary logits that live at a time
 
 
 def precise(x):
@@ -16,19 +16,13 @@ def precise(x):
     return x if x.dtype == torch.float64 else x.float()
 
 
-def chunks(hidden_states, vocab_size):
-    """Slices of hidden_states [N, hidden_size] whose logits may live together."""
-    size = max(1, LOGITS[hidden_states.device.type] // vocab_size)
-    return [slice(i, i + size) for i in range(0, len(hidden_states), size)]
-
-
 def zero_some(x, p):
     """x with each element zero with probability p: dropout without the factor 1 / (1 - p).
 
-    A GPU hashes the element's index. PyTorch's random numbers take longer than all else there.
+    Hashes the element's index. PyTorch's random numbers take longer than all else on a GPU.
     """
-    if not (p and x.is_cuda):
-        return F.dropout(x, p) * (1 - p) if p else x
+    if not p:
+        return x
     seed = torch.randint(2**31 - 1, (), device=x.device).int()
     index = torch.arange(x.numel(), dtype=torch.int32, device=x.device)
     return x.masked_fill(random_bits(index, seed).view(x.shape) < round((p - 0.5) * 2**32), 0)
@@ -42,14 +36,12 @@ def random_bits(index, seed):
 
 
 def add_low_rank(x, low, W, B, bias):
-    """x W^T + low B^T + bias, for a frozen W [out, in] and a B [out, rank] that learns."""
-    if x.is_cuda and len(W) > W.shape[1]:
-        return joined_product(x, low, W, B, bias)
-    return (precise(F.linear(x, W, bias)) + precise(F.linear(low, B))).to(x.dtype)
+    """x W^T + low B^T + bias, for a frozen W [out, in] and a B [out, rank] that learns.
 
-
-def joined_product(x, low, W, B, bias):
-    """The same as one product [x low] [W B]^T: two would write and read a wide result twice."""
+    A wide result comes from one product [x low] [W B]^T: two would write and read it twice.
+    """
+    if len(W) <= W.shape[1]:
+        return (precise(F.linear(x, W, bias)) + precise(F.linear(low, B))).to(x.dtype)
     joined = F.linear(torch.cat([x, low], -1), torch.cat([W, B.detach()], -1), bias)
     return GradientOfB.apply(joined, low, B)
 
@@ -67,15 +59,6 @@ class GradientOfB(torch.autograd.Function):
         return grad, None, grad.T @ ctx.saved_tensors[0]
 
 
-def kl_divergence(hidden_states, head, probs, ids, weights):
-    """sum_n weights_n KL(alpha_n || q_n), q = softmax of the logits hidden_states [n, d] @ head^T.
-
-    alpha is (probs [n, k], ids [n, k]); ids [n, 0]: probs [n, V]. Logits live for one chunk at a
-    time. The gradient is taken in forward, so that backward need not make them again.
-    """
-    return KLDivergence.apply(hidden_states, head, precise(probs), ids, weights)
-
-
 def kl_of_logits(logits, probs, ids, weights):
     """The sum for logits [n, V]."""
     x = precise(logits)
@@ -88,24 +71,34 @@ compiled = cache(partial(torch.compile, dynamic=True))
 
 
 class KLDivergence(torch.autograd.Function):
+    """sum_n weights_n KL(alpha_n || q_n), q = softmax of the logits hidden_states [n, d] @ head^T.
+
+    alpha is (probs [n, k], ids [n, k]); ids [n, 0]: probs [n, V]. Logits live for one chunk at a
+    time. The gradient is taken in forward, so that backward need not make them again.
+    """
+
     @staticmethod
     def forward(ctx, h, head, probs, ids, weights):
-        total, head, grad_h = precise(h.new_zeros(())), head.to(h.dtype), torch.zeros_like(h)
+        total, head, grads_h = precise(h.new_zeros(())), head.to(h.dtype), []
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         function = compiled(gradient_and_kl) if h.is_cuda else gradient_and_kl
-        for part in chunks(h, len(head)):
-            grad, loss = function(h[part] @ head.T, probs[part], ids[part], weights[part])
+        tensors, size = (h, precise(probs), ids, weights), max(1, LOGITS // len(head))
+        for part, *alpha in zip(*(x.split(size) for x in tensors)):
+            grad, loss = function(part @ head.T, *alpha)
             total += loss
-            grad_h[part] = grad @ head
+            grads_h.append(grad @ head)
             if grad_head is not None:
-                grad_head += grad.T @ h[part]
-        ctx.save_for_backward(grad_h, grad_head)
+                grad_head += grad.T @ part
+        ctx.save_for_backward(torch.cat(grads_h), grad_head)
         return total
 
     @staticmethod
     def backward(ctx, grad):
         grad_h, grad_head = ctx.saved_tensors
         return grad * grad_h, None if grad_head is None else grad * grad_head, None, None, None
+
+
+kl_divergence = KLDivergence.apply
 
 
 def recorded(run):

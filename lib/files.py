@@ -1,6 +1,6 @@
 """Files: read with a clear error, written whole or not at all."""
 
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 import gzip
 import hashlib
 import json
@@ -14,9 +14,8 @@ from lib.errors import UserError
 
 
 @contextmanager
-def reading(path, line=0):
-    """Any error inside becomes a UserError that names the file and, where given, the line."""
-    place = f"{path}, line {line}" if line else f"{path}"
+def reading(place):
+    """Any error inside becomes a UserError that names the place: a file, or a line of it."""
     try:
         yield
     except UserError:
@@ -43,8 +42,7 @@ def atomic(path):
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: cannot be written ({e}); free some space, say") from None
     finally:
-        with suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def write_text(path, text):
@@ -70,15 +68,15 @@ def read_json(path):
 
 
 def read_jsonl(path):
-    """The objects of a .jsonl or .jsonl.gz file, each with its line number as "_line".
+    """The objects of a .jsonl or .jsonl.gz file, each with its place as "_place".
 
     Blank lines are skipped. Raises UserError with file and line.
     """
     with reading(path), (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
         rows = []
         for number, line in enumerate(file, 1):
-            with reading(path, number):
-                rows += [{**json_object(line), "_line": number}] if line.strip() else []
+            with reading(place := f"{path}, line {number}"):
+                rows += [json_object(line) | {"_place": place}] if line.strip() else []
     if not rows:
         raise UserError(f"{path}: the file is empty")
     return rows

@@ -29,8 +29,8 @@ DIGITS_GPT2 = GPT2.replace(r" ?\p{N}+|", r"\p{N}|").replace(r"\s+(?!\S)", r"\s+(
 SPLITS = {
     "ByteLevel": GPT2,
     "Digits ByteLevel": DIGITS_GPT2,
-    f"{LLAMA3} bytes": LLAMA3,
-    f"{QWEN} bytes": QWEN,
+    LLAMA3: LLAMA3,
+    QWEN: QWEN,
 }
 
 NFC, NO_NORMALIZER = {"type": "NFC"}, {"type": "Sequence", "normalizers": []}
@@ -39,46 +39,38 @@ UNUSUAL += " lstrip rstrip single_word add_prefix_space invert"
 
 # A family's end of turn, and its prompt, which begins with a token that only it has. The prompts
 # are the authors' (Llama 3 without <|begin_of_text|>). The last is for a base model, or the demo's.
-FAMILIES = (
-    (
-        "<｜end▁of▁sentence｜>",
-        "<｜begin▁of▁sentence｜><｜User｜>{instruction}\n{problem}<｜Assistant｜>",
+FAMILIES = {
+    "<｜end▁of▁sentence｜>": (
+        "<｜begin▁of▁sentence｜><｜User｜>{instruction}\n{problem}<｜Assistant｜>"
     ),
-    (
-        "<|eot_id|>",
+    "<|eot_id|>": (
         "<|start_header_id|>user<|end_header_id|>\n\n{instruction}\n{problem}<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        "<|start_header_id|>assistant<|end_header_id|>\n\n"
     ),
-    (
-        "<|im_end|>",
+    "<|im_end|>": (
         "<|im_start|>system\n{instruction}<|im_end|>\n<|im_start|>user\n{problem}<|im_end|>\n"
-        "<|im_start|>assistant\n",
+        "<|im_start|>assistant\n"
     ),
-    ("<|endoftext|>", "{problem}"),
-)
+    "<|endoftext|>": "{problem}",
+}
 
 
 def byte_alphabet():
     """The printable character that byte-level BPE writes for each byte (GPT-2), inverted."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    printable = [b for b in range(33, 256) if chr(b).isprintable()]
     hidden = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(hidden)}
 
 
 def split_pattern(steps):
     """The regular expression for the pre-tokenizers of tokenizer.json. Raises ValueError."""
-    names = []
-    for step in steps:
-        match step:
-            case {"pattern": {"Regex": name}, "behavior": "Isolated"}:
-                names.append(name)
-            case {"type": "Digits", "individual_digits": False}:
-                names.append("Numbers")
-            case {"type": name}:
-                names.append(name if step.get("use_regex", True) else "bytes")
-    if " ".join(names) not in SPLITS:
-        raise ValueError(f"the pre-tokenizer {names} is not supported")
-    return SPLITS[" ".join(names)]
+    digits = all(step.get("individual_digits", True) for step in steps)
+    isolated = all(step.get("behavior", "Isolated") == "Isolated" for step in steps)
+    splits = [step for step in steps if step.get("use_regex", True)]
+    name = " ".join(x["pattern"]["Regex"] if "pattern" in x else x["type"] for x in splits)
+    if not (digits and isolated and steps[-1]["type"] == "ByteLevel" and name in SPLITS):
+        raise ValueError(f"the pre-tokenizer {steps} is not supported")
+    return SPLITS[name]
 
 
 def mergeable_ranks(model):
@@ -121,7 +113,8 @@ class Tokenizer:
             steps = pre.get("pretokenizers", [pre])
             self.pattern = regex.compile(split_pattern(steps))
             self._build(spec["model"], spec["added_tokens"], spec.get("normalizer"), steps)
-            families = [x for x in FAMILIES if re.match("<.*?>|", x[1])[0] in ("", *self.added)]
+            known = ["", *self.added]
+            families = [x for x in FAMILIES.items() if re.match("<.*?>|", x[1])[0] in known]
             end, template = families[0]
             self.template = template.replace("{instruction}", INSTRUCTION)
             self.end_of_turn = self._end_of_turn(path, end)
@@ -144,7 +137,7 @@ class Tokenizer:
         self._bpe = lru_cache(2**16)(bpe._encode_single_piece)
         self._bytes = {i: t for t, i in ranks.items()}
         self._bytes |= {i: t.encode() for t, i in self.added.items()}
-        self._plain = any_of(t["content"] for t in plain)
+        self._plain, self._any = any_of(t["content"] for t in plain), any_of(self.added)
 
     def _end_of_turn(self, path, default):
         """The id that ends an answer: the checkpoint's eos_token, or else the family's."""
@@ -158,7 +151,7 @@ class Tokenizer:
     def _markup(self, text, problem=""):
         """Ids of `text`, in which special tokens count. The problem is ordinary text."""
         ids = []
-        for part in any_of(self.added).split(text):
+        for part in self._any.split(text):
             plain = part.replace("{problem}", problem)
             ids += [self.added[part]] if part in self.added else self.encode(plain)
         return ids

@@ -95,7 +95,7 @@ def test_an_unfinished_run_is_no_base(command, fails, checkpoint, data, tmp_path
     fails(
         train_phase2.main,
         ["--phase1", run, "--cache", run, "--data", data, "--out", tmp_path / "out"],
-        "is no finished run",
+        "is not finished",
     )
     assert not (tmp_path / "out").exists()
 

@@ -19,6 +19,7 @@ from cache_latents import encode
 import data
 from experiments import demo
 from lib.files import write_tensors
+from lib.run import Process
 from load_hf_weights import Reasoning, hf_name
 import lora
 import masks
@@ -134,7 +135,7 @@ def test_equals_the_cpu(how, phase, k, dtype, tolerance):
     task, batches = task_of(phase, k, how), [random_examples(24, k, seed) for seed in range(2)]
     there = copy.deepcopy(task).to(GPU)
     there.model.compile_layers()
-    there.run = Runner(there.model, "graphs" in how, "checkpointing" in how)
+    there.run = Runner(there.model, "graphs" in how, "checkpointing" in how, dtype)
     if phase == 1:
         there.encoder.run = there.run
     for n, p in there.named_parameters():
@@ -319,3 +320,29 @@ def test_sampler(size):
             ):
                 assert np.array_equal(ids, expected_ids)
                 assert np.allclose(probs, expected_probs, atol=1e-4)
+
+
+def test_steps_of_phase1_in_one_process(tmp_path):
+    """What one step compiled and recorded must not serve the next: gradients are the CPU's."""
+    norms = {}
+    for device in (torch.device("cpu"), GPU):
+        model = demo.initialize(Model(CONFIG), torch.Generator().manual_seed(1), 0.05)
+        torch.manual_seed(2)
+        for name in ("encoder", "decoder"):
+            lora.add_adapter(model, name, 16, 32)
+        model.requires_grad_(False).to(device)
+        if device == GPU:
+            model.compile_layers()
+        run = Runner(model, graphs=device == GPU)
+        encoder = Encoder(run, 3, 10)
+        for step, learns in train_phase1.LEARNS.items():
+            options = dict(lr=3e-3, max_steps=4, batch_size=8, row_tokens=1024, warmup=0.0)
+            s = trainer.TrainingSettings(data="", out="", **options)
+            out, process = tmp_path / device.type / step, Process(0, 1, device)
+            task = Phase1(run, encoder, learns)
+            trainer.train(task, random_examples(16), s, process, out)
+            lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            norms.setdefault(step, []).append([x["grad_norm"] for x in lines])
+            print(step, device, norms[step][-1])
+    for step, (expected, got) in norms.items():
+        assert got == pytest.approx(expected, rel=0.12), step  # stale code was off by 0.26

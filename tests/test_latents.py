@@ -43,7 +43,7 @@ def test_gradients(k, monkeypatch):
     labels = torch.tensor([0, 8, 3, 3])
     probs, ids = oracle.superposition(torch.randn(4, 5), E, k)[:2]
     ids, weights = (ids[:, :0] if k == 0 else ids), torch.rand(4, dtype=torch.float64)
-    monkeypatch.setitem(fast.LOGITS, "cpu", 3 * 9)
+    monkeypatch.setattr(fast, "LOGITS", 3 * 9)
     assert torch.autograd.gradcheck(lambda h: latents.superpose(*latents.induce(h, E, k), E), h)
     assert torch.autograd.gradcheck(lambda h, W: latents.cross_entropy(h, W, labels), (h, W))
     assert torch.autograd.gradcheck(
@@ -52,7 +52,7 @@ def test_gradients(k, monkeypatch):
 
 
 def test_losses_in_chunks(monkeypatch):
-    monkeypatch.setitem(fast.LOGITS, "cpu", 4 * 30)
+    monkeypatch.setattr(fast, "LOGITS", 4 * 30)
     torch.manual_seed(2)
     h, W, labels = torch.randn(11, 6), torch.randn(30, 6), torch.randint(30, (11,))
     logits = h.double() @ W.double().T
@@ -99,7 +99,9 @@ def test_noise():
     assert abs(float(difference.median())) < 0.15 and 1.0 < float(difference.std()) < 2.0
     g = torch.randn(5, 3)
     by_hand = ((probs[:5].log() + (0.5 * g).clamp(-1.5, 3)) / 2).softmax(-1)
-    torch.testing.assert_close(latents.add_noise(probs[:5], torch.empty(5, 0, dtype=torch.long), g, 99, 0.5, 2.0), by_hand)
+    torch.testing.assert_close(
+        latents.add_noise(probs[:5], torch.empty(5, 0, dtype=torch.long), g, 99, 0.5, 2.0), by_hand
+    )
     sure = torch.tensor([[0.0, 1.0]])
     noisy = latents.add_noise(sure, torch.tensor([[7, 8]]), latents.gumbel_like(sure), 8, 1.0, 1.0)
     assert torch.equal(noisy, sure)

@@ -6,14 +6,20 @@ RATES ?= 2
 SEED ?= 1
 OUT ?= demo
 
-.PHONY: demo test clean
+.PHONY: demo test tests-1 tests-2 clean
 
 demo: .venv/product
 	.venv/bin/python -m experiments.demo --out $(OUT) --rates $(RATES) --seed $(SEED)
 
 test: .venv/tests
 	.venv/bin/ruff format --check . && .venv/bin/ruff check .
-	.venv/bin/python -m pytest -q tests
+	$(MAKE) -j2 tests-1 tests-2
+
+tests-1:
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/test_[a-l]*.py
+
+tests-2:
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q tests/test_[m-z]*.py
 
 .venv/product: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

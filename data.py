@@ -136,7 +136,7 @@ class PackedBatch:
 
 def pack(name, layouts, shape=None):
     """One packed row from what `layout` made of each example, with filler up to a GPU's `shape`."""
-    if fill := shape is not None and shape.longest > 0:
+    if fill := shape and shape.longest:
         for start in range(sum(len(x[0]) for x in layouts), shape.tokens, shape.longest):
             n = min(shape.longest, shape.tokens - start)
             layouts = [*layouts, [np.zeros(n, np.int64)] * 4]  # prompts that no loss sees

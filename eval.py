@@ -106,7 +106,6 @@ class Arm:
 
     def __init__(self, name, s, model, tokenizer, reasoning):
         self.name, self.s, self.tokenizer = name, s, tokenizer
-        self.vocab_size = model.config.vocab_size
         self.opening = OPENING if name in ("forced", "floor") else ""
         ends = tokenizer.end_think + tokenizer.encode(self.opening), tokenizer.end_of_turn
         if not re.fullmatch(ARMS, name):
@@ -123,7 +122,7 @@ class Arm:
         self.sampler = Sampler(model, reasoning, ends, s, s.batch_size, function)
 
     def random_tokens(self, sequence, probs, ids):
-        return probs, sequence.rng.integers(self.vocab_size, size=len(ids))
+        return probs, sequence.rng.integers(len(self.sampler.model.head), size=len(ids))
 
     def of_others(self, sequence, probs, ids):
         """The latent of the problem before, at the same place (counted around)."""

@@ -95,8 +95,8 @@ def load_checkpoint(directory, device="cpu", dtype=torch.float32):
     expected = {hf_name(n): p.shape for n, p in model.named_parameters()}
     for path in weight_files(directory):
         for name, t in read_tensors(path, device)[0].items():
-            tied = name == "lm_head.weight" and config.tie_word_embeddings
-            if tied or name.endswith("rotary_emb.inv_freq"):
+            known = name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))
+            if known and name not in expected:
                 continue  # a second copy, or derived
             if t.shape != expected.get(name):
                 needed = expected.get(name, "no such tensor")

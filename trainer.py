@@ -73,9 +73,9 @@ class Task(nn.Module):
 
 def run_directory(s, command, start, reasoning, **facts):
     """The locked output directory of a training that starts from the model `start`."""
-    start, made_from = str(Path(start).resolve()), {"data_hash": file_hash(s.data)}
-    made_from |= {"command": command, "start": start, "reasoning": asdict(reasoning)}
-    return output_directory(s.out, s, **made_from, **facts)
+    facts |= {"command": command, "start": str(Path(start).resolve())}
+    facts |= {"data_hash": file_hash(s.data), "reasoning": asdict(reasoning)}
+    return output_directory(s.out, s, **facts)
 
 
 def make_runner(model, s, process, shard=False):
@@ -127,7 +127,7 @@ def train(task, examples, s, process, out):
         fitting = [e for e in examples if task.length(e) <= s.row_tokens]
         if skipped := len(examples) - len(fitting):
             process.say(f"skipped {skipped} examples longer than --row-tokens {s.row_tokens}")
-        if not fitting or s.batch_size % process.world or not s.batch_size:
+        if not fitting or s.batch_size % process.world:
             raise UserError(
                 "--row-tokens: no example fits; or --batch-size: ranks need equal shares"
             )
@@ -153,11 +153,12 @@ class Trainer:
             p.grad = torch.zeros_like(p)  # CUDA graphs reuse their memory: backward adds to it
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
             self.optimizer.state[p] = moments | {"step": torch.zeros((), device=p.device)}
+        self.progress, self.builder = {"steps": 0, "seconds": 0.0}, ThreadPoolExecutor(1)
         self.ddp = task
-        if process.world > 1:
+        if process.world > 1:  # CUDA graphs must be recorded before DDP holds the gradients' nodes
+            task(to_device(self.batch(0)[1][0].result(), device))
             options = dict(broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
             self.ddp = DistributedDataParallel(task, **options)
-        self.progress, self.builder = {"steps": 0, "seconds": 0.0}, ThreadPoolExecutor(1)
         if (out / "resume.safetensors").exists():
             self.load()
 
@@ -174,11 +175,11 @@ class Trainer:
             bar.set_postfix(loss=self.progress["loss"], refresh=False)
             now = time.time()
             self.progress["seconds"] = now - begin
+            if main and step + 1 in kept:
+                self.finish(self.out / f"step-{step + 1}")
             if main and (now >= next_save or step + 1 == self.steps):
                 self.save()  # takes at most 5% of the time
                 next_save = now + (s.save_every and max(s.save_every, 20 * (time.time() - now)))
-            if main and step + 1 in kept:
-                self.finish(self.out / f"step-{step + 1}")
         barrier()  # no rank still reads the state that is about to go
         if main:
             self.finish(self.out)

@@ -44,8 +44,8 @@ CONFIG = {
 }
 SFT = dict(lr=3e-3, max_steps=200, batch_size=128)
 LORA = dict(lora_rank=16, lora_dropout=0)
-PHASE1 = dict(batch_size=64, lr=(1e-3, 5e-3, 4e-3), max_steps=(30, 120, 300), **LORA)
-PHASE2 = dict(batch_size=128, lr=5e-3, max_steps=1000, **LORA)
+PHASE1 = dict(batch_size=64, lr=(1e-3, 5e-3, 4e-3), max_steps=(30, 30, 120), w_segment=1, **LORA)
+PHASE2 = dict(batch_size=128, lr=5e-3, max_steps=500, **LORA)
 EVAL = dict(temperature=0, max_latents=20, max_new_tokens=40, batch_size=250)
 
 

@@ -30,8 +30,8 @@ def comments(settings):
 
 def parse(settings, description):
     """An instance of the dataclass `settings`, read from the command line."""
-    form, texts = argparse.RawDescriptionHelpFormatter, comments(settings)
-    p = argparse.ArgumentParser(description=description, formatter_class=form)
+    p, texts = argparse.ArgumentParser(description=description), comments(settings)
+    p.formatter_class = argparse.RawDescriptionHelpFormatter
     for f in fields(settings):
         many, text = get_args(f.type), texts[f.name]  # a tuple takes several values
         kind = many[0] if many else f.type
@@ -42,5 +42,5 @@ def parse(settings, description):
         more = {"action": "store_true"} if kind is bool else more
         more |= {"required": f.default is MISSING, "default": f.default}
         p.add_argument("--" + f.name.replace("_", "-"), help=text, **more)
-    values = vars(p.parse_args())
-    return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values = vars(p.parse_args()).items()
+    return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})

@@ -17,7 +17,7 @@ def explain(error):
 
     That is so for Ctrl-C, for a closed pipe, and for a rank that another one left.
     """
-    text = " ".join(str(error).split())[:500]
+    text = " ".join(str(error).split())
     if isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or "closed by peer" in text:
         return ""
     if isinstance(error, UserError):

@@ -47,11 +47,11 @@ def atomic(path):
 
 def write_text(path, text):
     with atomic(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path, value):
-    write_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def json_object(text):

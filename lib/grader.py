@@ -1,6 +1,6 @@
-"""Is an answer right? Numbers are compared here.
+"""Is an answer right? Numbers are compared here, math-verify judges all else.
 
-math-verify judges all else in a process of its own, so a hostile answer costs seconds, not the run.
+All runs in a process of its own, so a hostile answer costs seconds, not the run.
 """
 
 import ctypes
@@ -38,45 +38,46 @@ def number(text):
         return Fraction(re.sub(r"[^\d.+-]", "", found[1]) + (found[2] or ""))
 
 
-def compare(gold, answer):
-    """Whether two texts are equal, or equal numbers. None: math-verify must judge.
+def judge(gold, text, parse, verify):
+    """Whether the last \\boxed{} of `text`, or else what math-verify finds, equals `gold`.
 
     Integers are equal exactly, decimals within 1e-4 of the larger one.
     """
-    a, b = number(gold), number(answer)
-    if gold.strip() == answer.strip() or None in (a, b):
-        return gold.strip() == answer.strip() or None
-    return a == b or a.denominator * b.denominator > 1 and math.isclose(a, b, rel_tol=1e-4)
+    if (answer := boxed(text)) is not None:
+        a, b = number(gold), number(answer)
+        if answer.strip() == gold.strip():
+            return True
+        if None not in (a, b):
+            decimal = a.denominator * b.denominator > 1
+            return a == b or decimal and math.isclose(a, b, rel_tol=1e-4)
+        text = f"\\boxed{{{answer}}}"
+    try:
+        found = [parse(x, parsing_timeout=None) for x in (f"\\boxed{{{gold}}}", text)]
+        return bool(verify(*found, timeout_seconds=None))
+    except Exception:
+        return False
 
 
 def grade(pairs, seconds=10):
     """Whether the answers are right: [(gold, text), ...] -> [bool, ...].
 
-    An answer is the last \\boxed{} of its text, or else what math-verify finds in the text.
-    `seconds` limits the time for one answer.
+    A worker judges them. `seconds` limits its CPU time for one answer. An answer that ends the
+    worker is wrong, and another worker goes on.
     """
-    pairs = [(gold, boxed(text[-LONGEST:]), text[-LONGEST:]) for gold, text in pairs]
-    verdicts = [None if answer is None else compare(gold, answer) for gold, answer, _ in pairs]
-    asked = iter(ask([pair for pair, v in zip(pairs, verdicts) if v is None], seconds))
-    return [next(asked) if v is None else v for v in verdicts]
-
-
-def ask(pairs, seconds):
-    """math-verify's verdicts. A pair that ends the worker is wrong, and another worker goes on."""
     if not pairs:
         return []
-    import math_verify  # noqa: F401  fails here where it is not installed
-
-    lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+    lines = "".join(json.dumps([gold, text[-LONGEST:]]) + "\n" for gold, text in pairs)
     command = [sys.executable, __file__, str(seconds)]
     done = subprocess.run(command, input=lines, stdout=subprocess.PIPE, text=True)
-    found = [word == "True" for word in done.stdout.split()]
-    rest = pairs[len(found) + 1 :]
-    return found + [False] + ask(rest, seconds) if len(found) < len(pairs) else found
+    if done.returncode > 0:
+        raise RuntimeError("the grader does not start; is math-verify installed?")
+    verdicts = [word == "True" for word in done.stdout.split()]
+    rest = pairs[len(verdicts) + 1 :]
+    return verdicts + [False] + grade(rest, seconds) if done.returncode else verdicts
 
 
 def serve(seconds):
-    """The worker: answers JSON lines with True or False. Ends with its parent."""
+    """The worker: answers JSON lines [gold, text] with True or False. Ends with its parent."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     from math_verify import parse, verify
@@ -84,14 +85,8 @@ def serve(seconds):
     logging.disable()
     resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     for line in sys.stdin:
-        gold, answer, text = json.loads(line)
         resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + seconds, -1))
-        texts = f"\\boxed{{{gold}}}", text if answer is None else f"\\boxed{{{answer}}}"
-        try:
-            found = [parse(x, parsing_timeout=None) for x in texts]
-            print(bool(verify(*found, timeout_seconds=None)), flush=True)
-        except Exception:
-            print(False, flush=True)
+        print(judge(*json.loads(line), parse, verify), flush=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ import atexit
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 import fcntl
-import gc
 import json
 import os
 from pathlib import Path
@@ -48,7 +47,6 @@ def join(device) -> Process:
 
     `device` is "cpu", "cuda", "cuda:N", or "" for a GPU if there is one.
     """
-    gc.set_threshold(100_000)  # millions of small lists: the default walks them again and again
     env = os.environ.get
     rank, world, local = int(env("RANK", 0)), int(env("WORLD_SIZE", 1)), int(env("LOCAL_RANK", 0))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,11 +101,7 @@ def output_directory(out, settings=None, **facts):
             begin_or_continue(out, settings, facts)
 
     from_rank0(take)
-    try:
-        yield out
-    finally:
-        for lock in locks:
-            lock.close()
+    yield out
 
 
 def begin_or_continue(out, settings, facts):

@@ -29,8 +29,8 @@ DIGITS_GPT2 = GPT2.replace(r" ?\p{N}+|", r"\p{N}|").replace(r"\s+(?!\S)", r"\s+(
 SPLITS = {
     "ByteLevel": GPT2,
     "Digits ByteLevel": DIGITS_GPT2,
-    LLAMA3: LLAMA3,
-    QWEN: QWEN,
+    f"{LLAMA3} bytes": LLAMA3,
+    f"{QWEN} bytes": QWEN,
 }
 
 NFC, NO_NORMALIZER = {"type": "NFC"}, {"type": "Sequence", "normalizers": []}
@@ -39,6 +39,7 @@ UNUSUAL += " lstrip rstrip single_word add_prefix_space invert"
 
 # A family's end of turn, and its prompt, which begins with a token that only it has. The prompts
 # are the authors' (Llama 3 without <|begin_of_text|>). The last is for a base model, or the demo's.
+MARK = re.compile("<.*?>|")
 FAMILIES = {
     "<｜end▁of▁sentence｜>": (
         "<｜begin▁of▁sentence｜><｜User｜>{instruction}\n{problem}<｜Assistant｜>"
@@ -64,13 +65,18 @@ def byte_alphabet():
 
 def split_pattern(steps):
     """The regular expression for the pre-tokenizers of tokenizer.json. Raises ValueError."""
-    digits = all(step.get("individual_digits", True) for step in steps)
-    isolated = all(step.get("behavior", "Isolated") == "Isolated" for step in steps)
-    splits = [step for step in steps if step.get("use_regex", True)]
-    name = " ".join(x["pattern"]["Regex"] if "pattern" in x else x["type"] for x in splits)
-    if not (digits and isolated and steps[-1]["type"] == "ByteLevel" and name in SPLITS):
-        raise ValueError(f"the pre-tokenizer {steps} is not supported")
-    return SPLITS[name]
+    names = []
+    for step in steps:
+        match step:
+            case {"pattern": {"Regex": name}, "behavior": "Isolated"}:
+                names.append(name)
+            case {"type": "Digits" as name, "individual_digits": True}:
+                names.append(name)
+            case {"type": "ByteLevel" as name}:
+                names.append(name if step.get("use_regex", True) else "bytes")
+    if " ".join(names) not in SPLITS or len(names) < len(steps):
+        raise ValueError(f"the pre-tokenizer is not supported: {steps}")
+    return SPLITS[" ".join(names)]
 
 
 def mergeable_ranks(model):
@@ -79,8 +85,8 @@ def mergeable_ranks(model):
     tokenizers does the same if ids grow in the order of the merges. Else raises ValueError.
     """
     alphabet, vocab = byte_alphabet(), model["vocab"]
-    merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
-    words = [a + b for a, b in merges]
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    words = [a + b for a, b in pairs]
     ids = [vocab[word] for word in words]
     if ids != sorted(ids):
         raise ValueError("its merges do not follow the order of its ids")
@@ -113,9 +119,8 @@ class Tokenizer:
             steps = pre.get("pretokenizers", [pre])
             self.pattern = regex.compile(split_pattern(steps))
             self._build(spec["model"], spec["added_tokens"], spec.get("normalizer"), steps)
-            known = ["", *self.added]
-            families = [x for x in FAMILIES.items() if re.match("<.*?>|", x[1])[0] in known]
-            end, template = families[0]
+            known = ("", *self.added)
+            end, template = next(x for x in FAMILIES.items() if MARK.match(x[1])[0] in known)
             self.template = template.replace("{instruction}", INSTRUCTION)
             self.end_of_turn = self._end_of_turn(path, end)
             self.think, self.end_think = self._markup(THINK), self._markup(END_THINK)
@@ -123,7 +128,7 @@ class Tokenizer:
     def _build(self, model, added, normalizer, steps):
         plain = [t for t in added if not t["special"]]
         odd = {key for part in (model, *plain, *steps) for key in UNUSUAL.split() if part.get(key)}
-        if odd or model.get("type", "BPE") != "BPE":
+        if odd:
             raise ValueError(f"only byte-level BPE is supported, without {odd}")
         if normalizer not in (None, NFC, NO_NORMALIZER):
             raise ValueError(f"the normalizer {normalizer} is not supported")
@@ -141,12 +146,15 @@ class Tokenizer:
 
     def _end_of_turn(self, path, default):
         """The id that ends an answer: the checkpoint's eos_token, or else the family's."""
-        files = path.with_name("tokenizer_config.json"), path.with_name("generation_config.json")
-        config, generation = (read_json(file) if file.exists() else {} for file in files)
-        token, ids = config.get("eos_token"), generation.get("eos_token_id")
-        if token is None and ids is not None:
-            return ids[0] if isinstance(ids, list) else ids
-        return self.added[token["content"] if isinstance(token, dict) else token or default]
+        files = {"tokenizer_config.json": "eos_token", "generation_config.json": "eos_token_id"}
+        for name, key in files.items():
+            file = path.with_name(name)
+            found = read_json(file).get(key) if file.exists() else None
+            if isinstance(found, (int, list)):
+                return found if isinstance(found, int) else found[0]
+            if found:
+                return self.added[found["content"] if isinstance(found, dict) else found]
+        return self.added[default]
 
     def _markup(self, text, problem=""):
         """Ids of `text`, in which special tokens count. The problem is ordinary text."""

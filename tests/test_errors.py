@@ -226,7 +226,7 @@ def test_unknown_architecture_and_truncated_weights(fails, checkpoint, data, tmp
         (["--batch-size", 0], 1),
         (["--top-k", -2], 2),
         (["--compression", "two"], 2),
-        (["--steps", "all"], 2),
+        (["--steps", "all"], 1),
         (["--lora-dropout", -1], 2),
         (["--seed", -1], 2),
         (["--epochs", "inf"], 2),

@@ -2,7 +2,7 @@
 
 import json
 
-from experiments import gsm8k, report
+from experiments import gsm8k, multiplication, report
 
 
 def test_gsm8k(command, checkpoint, data, tmp_path):
@@ -31,10 +31,6 @@ def test_gsm8k(command, checkpoint, data, tmp_path):
     latent = rows[2]
     assert latent["test"] == "gsm8k-test" and latent["seed"] == 1 and latent["steps"] == 2
     assert latent["gpu"] == "CPU" and "--smoke" in latent["command"] and 0 <= latent["share"]
-    before = (out / "latent-r2" / "finished.json").stat().st_mtime_ns
-    assert command(gsm8k.main, *flags)[0] == 0  # nothing is made twice
-    assert json.loads((out / "results.json").read_text()) == rows
-    assert (out / "latent-r2" / "finished.json").stat().st_mtime_ns == before
     code, printed, error = command(report.main, "--directory", out)
     assert code == 0, error
     assert (out / "table.md").read_text() in printed
@@ -42,3 +38,26 @@ def test_gsm8k(command, checkpoint, data, tmp_path):
         "| Latent r = 2 | 1 |" in (out / "table.md").read_text()
         and "<svg" in (out / "gsm8k.svg").read_text()
     )
+
+
+def test_multiplication(command, checkpoint, tmp_path):
+    """The published rule, and the smoke mode."""
+    row = multiplication.line(6361, 8527, 4)
+    assert row["problem"] == "1636*7258" and row["answer"] == str(6361 * 8527)[::-1]
+    products = [str(6361 * d * 10**i)[::-1] for i, d in enumerate((7, 2, 5, 8))]
+    assert [x.split("(")[0].rstrip("0") for x in row["cot"].split("+")] == [
+        x.rstrip("0") for x in products
+    ]
+    source, out = tmp_path / "data", tmp_path / "out"
+    source.mkdir()
+    tests = [multiplication.line(1234 + i, 5678 + i, 4) for i in range(6)]
+    text = "".join(json.dumps(x) + "\n" for x in tests)
+    (source / "multiplication-4x4-test.jsonl").write_text(text)
+    flags = ["--model", checkpoint(), "--data", source, "--out", out, "--smoke", "--device", "cpu"]
+    code, _, error = command(multiplication.main, *flags)
+    assert code == 0, error
+    rows = [r["row"] for r in json.loads((out / "results.json").read_text())]
+    assert {"CoT-SFT", "answer-only", "Latent r = 2", "Latent r = 2, random"} <= set(rows)
+    known = {x["problem"] for x in tests}
+    made = [json.loads(x) for x in (out / "train.jsonl").read_text().splitlines()]
+    assert len(made) == 16 and not known & {x["problem"] for x in made}

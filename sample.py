@@ -237,7 +237,7 @@ class Display:
     def __call__(self, sequence):
         for n, latent in enumerate(sequence.latents[self.latents :], self.latents + 1):
             words = (f"{self.decode([i])!r} {p:.2f}" for p, i in zip(*latent))
-            print(f"{n:4d}  " + "  ".join([*words][:5]))
+            print(f"{n:4d}  " + "  ".join([*words][:3]))
         text = self.decode(sequence.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
         print(text[len(self.text) :], end="", flush=True)
         self.latents, self.text = len(sequence.latents), text

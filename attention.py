@@ -5,7 +5,7 @@ Which kernel serves which step:
     other rules on a GPU            FlexAttention
     packed rows on a CPU            SDPA with dense masks, on groups of documents of similar length
     decoding with the KV cache      FlexAttention on a GPU, SDPA on a CPU
-No step does work for the square of a packed row.
+No step costs the square of a packed row's length.
 """
 
 from collections import defaultdict

@@ -46,7 +46,7 @@ def identity(phase1, data, count):
         "top_k": config["top_k"],
         "count": count,
         "data_hash": file_hash(data),
-        "model": fingerprint(config["start"], encoder),
+        "encoder": fingerprint(config["start"], encoder),
         "tokenizer": file_hash(resolve(config["start"])[0] / "tokenizer.json"),
     }
 

@@ -13,7 +13,7 @@ Arms:
     forced   thinks, then gives only what follows "\\boxed{"
     floor    the same without thinking
     random   each latent has random tokens with its probabilities
-    other    each latent is one of the problem before, at the same place
+    other    each latent is what the previous problem had at this place
     argmax   each latent is its most likely token
     cut-M    at most M latents
 """
@@ -170,7 +170,7 @@ class Arm:
 def read_predictions(path, problems, samples):
     """The predictions in `path` by number. Rewrites them in order, graded, all lines whole."""
     lines = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
         if text.endswith("}"):
             line = json.loads(text)
             lines[line["number"]] = line

@@ -1,4 +1,4 @@
-"""Latent tokens as arithmetic: superposition, losses and noise. All in float32.
+"""Latent tokens as arithmetic: superposition, losses and noise. Softmaxes and losses in float32.
 
 A latent's distribution alpha is (probs, ids): the k most likely tokens, float and int [n, k].
 For the full vocabulary (k = 0) probs is [n, vocab_size] and ids is [n, 0].
@@ -13,8 +13,8 @@ def top_probs(logits, k):
     """alpha of logits [n, V]: softmax over the k largest, most likely first; k = 0: over all."""
     if k == 0:
         return precise(logits).softmax(-1), logits[:, :0].long()
-    top, ids = precise(logits).topk(k)
-    return top.softmax(-1), ids
+    top, ids = logits.topk(k)
+    return precise(top).softmax(-1), ids
 
 
 def superpose(probs, ids, embedding):
@@ -25,7 +25,7 @@ def superpose(probs, ids, embedding):
 
 
 def induce(hidden_states, embedding, k):
-    """alpha of the encoder's hidden states [n, hidden_size] at the latent queries: top k of h E^T.
+    """alpha of hidden states [n, hidden_size], the encoder's at each L: top_probs of h E^T.
 
     Differentiable in the hidden states. The full logits only find the k ids; none is kept.
     """
@@ -45,7 +45,7 @@ def concatenate(alphas):
 
 
 def cross_entropy(hidden_states, head, targets):
-    """Sum of the cross-entropies of targets [n]: the KL from a certain distribution."""
+    """Sum of the cross-entropies of targets [n]: the KL from a one-hot distribution."""
     ones = precise(hidden_states.new_ones(len(targets)))
     return kl_divergence(hidden_states, head, ones[:, None], targets[:, None], ones)
 

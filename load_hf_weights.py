@@ -1,6 +1,6 @@
 """Hugging Face checkpoint directories in, merged models out.
 
-    python load_hf_weights.py --model runs/phase2 --out exported
+    python load_hf_weights.py --model runs/latent --out exported
 
 Every command names a model by a directory: a checkpoint as the hub has it, or a run of this
 program. A run stands for the checkpoint that it started from, with its adapters merged.

@@ -18,8 +18,8 @@ class Labels:
 
     document: [T], which example, ascending.
     kind: [T], PROMPT, TEXT, LATENT or ANSWER.
-    segment: [T], i for L_i, for Z_i, and for the chain tokens that may see Z_i (S_{i+1} in the
-        decoder layout). Else 0.
+    segment: [T]. Encoder: i for S_i and L_i. Decoder: i for Z_i and for S_{i+1}, which may see it.
+        Else 0.
     starts: [documents + 1], where each document begins, and T. Unused documents have length 0.
     longest: an int, at least the length of the longest document.
     """
@@ -48,10 +48,10 @@ def induction(labels, q, k):
 
 def supervision(labels, q, k):
     """Decoder: causal. A chain token sees its Z and its own segment. Others see no chain token."""
-    own_segment = labels.segment[q] == labels.segment[k]  # 0 for prompt and answer
+    same_segment = labels.segment[q] == labels.segment[k]  # 0 for prompt and answer
     seen_by_others = labels.kind[k] != TEXT
     is_text = labels.kind[q] == TEXT
-    return causal(labels, q, k) & torch.where(is_text, own_segment, seen_by_others)
+    return causal(labels, q, k) & torch.where(is_text, same_segment, seen_by_others)
 
 
 RULES = {"cot": causal, "encoder": induction, "decoder": supervision, "latent": causal}  # by layout

@@ -158,6 +158,6 @@ class Model(nn.Module):
         return self.norm(x)
 
     def compile_layers(self, **options):
-        """Compiles one layer for all: fewer and larger kernels on a GPU."""
+        """Compiles each layer; equal layers share the code. Fewer and larger kernels on a GPU."""
         for part in (*self.layers, self.norm):
             part.compile(dynamic=False, **options)

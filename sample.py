@@ -18,7 +18,7 @@ import torch
 
 from attention import BLOCK, KVCache
 from data import Example, distribute, pack_examples, to_device
-from latents import add_noise, superpose
+from latents import add_noise, superpose, top_probs
 from lib.cli import parse
 from lib.errors import UserError
 from lib.fast import recorded
@@ -29,7 +29,7 @@ PREFILL = 2**14  # tokens of prompts that are read at a time
 SHOWN = 10  # tokens of a full-vocabulary latent that a result keeps
 DONE, LATENT = -2, -1  # what a sequence reads next, if not a token
 GREEDY = 1e-4  # below this temperature the most likely token is taken
-# Of one row all products read weights only: tuned kernels, and small ones joined, pay.
+# With one sequence, reading weights dominates: tuned and merged kernels pay.
 ONE_ROW = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
 
 
@@ -62,7 +62,7 @@ class Sequence:
         self.prompt, self.number, self.sampler = prompt, number, sampler
         self.thinking = sampler.thinking == "latent"
         self.closing = [] if sampler.thinking == "text" else [*sampler.end_think]
-        self.rng = np.random.default_rng((sampler.params.seed, number))  # not of the answer
+        self.rng = np.random.default_rng((sampler.params.seed, number))  # of noise and arms
         self.latents, self.tokens, self.finished = [], [], False
 
     def advance(self, token, top, latent):
@@ -109,7 +109,7 @@ class Sampler:
         self.thinking, (self.end_think, self.end_of_turn) = reasoning.thinking, ends
         self.replace = replace or (self.noisy if params.noise else None)
         if self.k == 0 and self.replace:
-            raise UserError("--top-k 0: noise and other latents need a superposition of few tokens")
+            raise UserError("latents of the full vocabulary (top_k = 0) cannot be replaced")
 
     def noisy(self, sequence, probs, ids):
         p, noise = self.params, torch.from_numpy(sequence.rng.gumbel(size=len(probs)))
@@ -168,9 +168,10 @@ class Sampler:
         p, device, model, V = self.params, self.device, self.model, len(self.model.head)
         longest = max(map(len, prompts)) + p.max_latents + len(self.end_think) + p.max_new_tokens
         length = -(-longest // BLOCK) * BLOCK
-        if self.cache and self.cache.kv.shape[-2] >= length:
+        B = min(self.batch_size or 1, len(prompts))
+        if self.cache and self.cache.kv.shape[-2] >= length and len(self.token) >= B:
             return
-        self.cache, B = None, min(self.batch_size, len(prompts))
+        self.cache = None
         self.cache = KVCache(model.config, B, length, device, model.head.dtype)
         zeros = partial(torch.zeros, device=device)
         whole = partial(zeros, dtype=torch.long)
@@ -216,8 +217,8 @@ class Sampler:
     def _look(self, h, rows):
         """What `rows` would think and say next, from their last hidden states [n, hidden_size]."""
         p, logits = self.params, h @ self.model.head.T
-        top, ids = logits.topk(self.ids.shape[1])
-        token, probs = ids[:, 0], top.float().softmax(-1)
+        probs, ids = top_probs(logits, self.ids.shape[1])
+        token = ids[:, 0]
         if self.k == 0:
             self.full[rows] = full = logits.float().softmax(-1)
             probs = full.gather(-1, ids)

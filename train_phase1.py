@@ -34,13 +34,13 @@ LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder",
 @dataclass(frozen=True, kw_only=True)
 class Settings(TrainingSettings):
     model: str  # the CoT-SFT model to start from: a run or a checkpoint directory
-    steps: tuple[str, ...] = tuple(LEARNS)  # which steps to train, in order
+    steps: tuple[str, ...] = tuple(LEARNS)  # of encoder, decoder, joint: which to train
     compression: int = 2  # chain tokens per latent, r
     top_k: int = 10  # tokens in a superposition, 0 for all
     lr: tuple[float, ...] = (1e-4,)  # peak learning rate, for all steps or one for each
     epochs: tuple[float, ...] = (10.0,)  # passes over the data, likewise
     max_steps: tuple[int, ...] = (0,)  # optimizer steps, likewise; 0: as --epochs says
-    lora_rank: int = 64  # of both adapters; their alpha is twice that
+    lora_rank: int = 64  # of both adapters; LoRA's alpha is twice that
     lora_dropout: float = 0.1  # before adapters that learn
     w_segment: float = 0.0  # addition to the paper: ties each latent to its own segment
     no_induction: bool = False  # ablation: a plain causal mask for the encoder

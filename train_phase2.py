@@ -36,7 +36,7 @@ class Settings(TrainingSettings):
     noise_temperature: float = 1.0  # temperature of the noisy softmax
     scheduled_sampling: float = 0.0  # addition: share of examples with own latents
     all_weights: bool = False  # all weights learn, not an adapter
-    lora_rank: int = 64  # of the adapter; its alpha is twice that
+    lora_rank: int = 64  # of the adapter; LoRA's alpha is twice that
     lora_dropout: float = 0.1  # before the adapter
     shard: bool = False  # less memory: every rank keeps a share of the frozen layers only
 

@@ -1,7 +1,7 @@
 """The training loop of CoT-SFT and of both phases, and what a thing to train must offer.
 
-The loss of a step is a sum over the whole batch divided by a count over the whole batch. So it is
-the same for any split into ranks and packed rows (micro-batches).
+The loss of a step is a sum over the whole batch divided by a count over the whole batch. Without
+dropout and noise it is the same for any split into ranks and packed rows (micro-batches).
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -43,7 +43,7 @@ class TrainingSettings:
     row_tokens: int = 8192  # tokens of a packed row (micro-batch)
     warmup: float = 0.05  # share of the steps before the cosine to zero
     save_every: float = 10.0  # seconds between saved states, more where saving takes long
-    keep: int = 0  # models to keep on the way, as OUT/step-N
+    keep: int = 0  # models to keep on the way, as step-N beside the last
     checkpoint_activations: bool = False  # less memory: backward computes each layer again
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
@@ -55,7 +55,8 @@ class Task(nn.Module):
     counts(examples): {part: what the sum of that loss part over `examples` is divided by}.
     pack(examples, shape): a packed row of them on the CPU, a dataclass of tensors.
     forward(row): {part: float32 sum}, the loss parts of a row.
-    save(out): writes what was learned. load(out): reads it, if the process goes on with more.
+    save(out): writes what was learned. load(out): called instead of training if `out` is finished.
+    run: the Runner of its model.
     Loss = sum over parts of weight * sum / count. A part with weight 0 is logged only.
     """
 
@@ -180,7 +181,7 @@ class Trainer:
             if main and (now >= next_save or step + 1 == self.steps):
                 self.save()  # takes at most 5% of the time
                 next_save = now + (s.save_every and max(s.save_every, 20 * (time.time() - now)))
-        barrier()  # no rank still reads the state that is about to go
+        barrier()  # no rank sees a finished run while it still trains
         if main:
             self.finish(self.out)
         self.process.say(f"{self.out}: {json.dumps(self.progress)}")
@@ -264,7 +265,7 @@ class Trainer:
             x.copy_(tensors[key])
 
     def finish(self, out):
-        """Writes a model: the last one, or one on the way, which is as good as a run."""
+        """Writes a model: the last one, or one on the way."""
         self.task.save(out)
         if out != self.out and (self.out / "config.json").exists():
             shutil.copy(self.out / "config.json", out)

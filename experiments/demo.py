@@ -2,9 +2,9 @@
 
     python -m experiments.demo --out demo --rates 2 4
 
-The task is a machine with ten states and four buttons, each a permutation of the states. `4abda=`
-asks where it ends that starts in state 4. The written chain says button and new state at each step:
-`a3b9d1a7`. Without steps a small model cannot compose 5 to 8 permutations; with them it can.
+The task is a machine with ten states and four buttons, each a permutation of the states. `4abd=`
+asks where it ends if it starts in state 4. The written chain says button and new state at each
+step: `a3b6d1`. Without steps a small model cannot compose 5 to 8 permutations; with them it can.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line
@@ -120,7 +120,7 @@ def write_model(directory: Path, seed: int) -> None:
 
 def draw(out: Path, r: int) -> None:
     """masks.svg of a short example, and latents.svg of a short test problem that came out right."""
-    parts = [["4", "a", "b", "d", "=", THINK], list("a3b9d1"), [END_THINK], ["1"]]
+    parts = [["4", "a", "b", "d", "=", THINK], list("a3b6d1"), [END_THINK], ["1"]]
     draw_masks(out / "masks.svg", parts, r)
     pairs = zip(
         read_jsonl(out / "test.jsonl"),

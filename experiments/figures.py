@@ -27,12 +27,14 @@ def printable(text: str) -> str:
 def draw_masks(path, parts: list[list[str]], r: int) -> None:
     """Encoder and decoder mask. A coloured cell: the query (row) may look at the key (column).
 
+    The number behind a token is its position.
+
     `parts` are the texts of the tokens of prompt, chain, </think> and answer.
     """
     texts = ["", *sum(parts, [])]
     numbers = iter(range(1, len(texts)))
     example = Example(*([next(numbers) for _ in part] for part in parts))
-    figure, axes = plt.subplots(1, 2, figsize=(12, 6))
+    figure, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     for axis, name in zip(axes, ("encoder", "decoder")):
         row = pack_examples(name, [example], r)
         kinds, allowed = row.labels.kind.tolist(), dense(RULES[name], row.labels).numpy()
@@ -44,7 +46,7 @@ def draw_masks(path, parts: list[list[str]], r: int) -> None:
         axis.set_xticks(range(len(names)), names, rotation=90)
         labels = [f"{x}  {p:2d}" for x, p in zip(names, row.position_ids.tolist())]
         axis.set_yticks(range(len(names)), labels)
-        axis.set_title(f"{name}: {RULES[name].__name__} mask, r = {r} (right of a token: position)")
+        axis.set_title(f"{name}: {RULES[name].__name__} mask")
         axis.hlines(np.arange(len(names)) - 0.5, -0.5, len(names) - 0.5, color="white")
         axis.vlines(np.arange(len(names)) - 0.5, -0.5, len(names) - 0.5, color="white")
     save(figure, path)

@@ -33,13 +33,13 @@ def parse(settings, description):
     p, texts = argparse.ArgumentParser(description=description), comments(settings)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     for f in fields(settings):
-        many, text = get_args(f.type), texts[f.name]  # a tuple takes several values
-        kind = many[0] if many else f.type
-        if f.default not in (MISSING, "", False):
+        many, text = get_args(f.type), texts[f.name]
+        kind = many[0] if many else f.type  # a tuple takes several values
+        if kind is not bool and f.default not in (MISSING, ""):
             text += f" (default: {str(f.default).strip('(),')})"
         convert = number(kind) if kind in (int, float) else kind
-        more = {"type": convert, "nargs": "+" if many else None}
-        more = {"action": "store_true"} if kind is bool else more
+        value = {"type": convert, "nargs": "+" if many else None}
+        more = {"action": "store_true"} if kind is bool else value
         more |= {"required": f.default is MISSING, "default": f.default}
         p.add_argument("--" + f.name.replace("_", "-"), help=text, **more)
     values = vars(p.parse_args()).items()

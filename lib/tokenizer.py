@@ -39,7 +39,6 @@ UNUSUAL += " lstrip rstrip single_word add_prefix_space invert"
 
 # A family's end of turn, and its prompt, which begins with a token that only it has. The prompts
 # are the authors' (Llama 3 without <|begin_of_text|>). The last is for a base model, or the demo's.
-MARK = re.compile("<.*?>|")
 FAMILIES = {
     "<｜end▁of▁sentence｜>": (
         "<｜begin▁of▁sentence｜><｜User｜>{instruction}\n{problem}<｜Assistant｜>"
@@ -120,7 +119,9 @@ class Tokenizer:
             self.pattern = regex.compile(split_pattern(steps))
             self._build(spec["model"], spec["added_tokens"], spec.get("normalizer"), steps)
             known = ("", *self.added)
-            end, template = next(x for x in FAMILIES.items() if MARK.match(x[1])[0] in known)
+            end, template = next(
+                x for x in FAMILIES.items() if re.match("<.*?>|", x[1])[0] in known
+            )
             self.template = template.replace("{instruction}", INSTRUCTION)
             self.end_of_turn = self._end_of_turn(path, end)
             self.think, self.end_think = self._markup(THINK), self._markup(END_THINK)

@@ -157,6 +157,7 @@ def test_a_damaged_or_unfinished_cache_is_refused(command, data, run, tmp_path):
 def test_the_cache_refuses_an_output_of_another_run(command, checkpoint, data, run, tmp_path):
     cache = tmp_path / "cache"
     assert command(cache_latents.main, "--phase1", run, "--data", data, "--out", cache)[0] == 0
-    other = phase1(command, checkpoint, data, tmp_path / "other", "--compression", 3)
-    code, _, error = command(cache_latents.main, "--phase1", other, "--data", data, "--out", cache)
-    assert code == 1 and "was made with " in error
+    for name, *flags in (("rate", "--compression", 3), ("seed", "--seed", 2)):
+        other = ["--phase1", phase1(command, checkpoint, data, tmp_path / name, *flags)]
+        code, _, error = command(cache_latents.main, *other, "--data", data, "--out", cache)
+        assert code == 1 and "was made with " in error, name

@@ -115,8 +115,8 @@ def test_phase2_refuses_what_does_not_fit(command, checkpoint, data, run, tmp_pa
     for arguments, words in (
         (phase2_arguments(run, other_data, cache, out), "data_hash is"),
         (phase2_arguments(run, shorter, cache, out), "count is 40 in the cache and 30 here"),
-        (phase2_arguments(other_run, data, cache, out), "model is"),
-        (phase2_arguments(other_base, data, cache, out), "model is"),
+        (phase2_arguments(other_run, data, cache, out), "encoder is"),
+        (phase2_arguments(other_base, data, cache, out), "encoder is"),
         (phase2_arguments(run, data, tmp_path / "nowhere", out), "is no finished cache"),
     ):
         code, _, error = command(train_phase2.main, *arguments)

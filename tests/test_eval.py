@@ -396,8 +396,8 @@ def test_bad_calls_cost_nothing(command, thinker, data, tmp_path):
     (tmp_path / "foreign" / "train.json").write_text("{}")
     for model, flags, out, message in (
         (thinker("text"), ["--arms", "free", "random"], "a", "does not think in latents"),
-        (thinker("latent", 0), ["--arms", "random"], "b", "--top-k 0"),
-        (thinker("latent", 0), ["--noise", 1], "c", "--top-k 0"),
+        (thinker("latent", 0), ["--arms", "random"], "b", "top_k = 0"),
+        (thinker("latent", 0), ["--noise", 1], "c", "top_k = 0"),
         (thinker(), [], "foreign", "was not made by this program"),
         (thinker(), ["--data", data, data], "d", "the same name"),
     ):

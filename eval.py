@@ -170,8 +170,8 @@ class Arm:
 def read_predictions(path, problems, samples):
     """The predictions in `path` by number. Rewrites them in order, graded, all lines whole."""
     lines = {}
-    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-        if text.endswith("}"):
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+        if text.endswith(b"}"):
             line = json.loads(text)
             lines[line["number"]] = line
             if line["problem"] != problems[line["number"] // samples].text:

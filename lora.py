@@ -73,7 +73,7 @@ def adapter_parameters(model, name):
 
 @torch.no_grad()
 def merge(model, name):
-    """Adds the adapter to the base weights, in float32, and removes it."""
+    """Adds the adapter to the base weights and removes it. The sum is float32, then cast."""
     for _, linear in linears(model):
         linear.weight.copy_(linear.weight.float() + linear.adapters.pop(name).delta())
 

@@ -222,7 +222,7 @@ class Sampler:
         if self.k == 0:
             self.full[rows] = full = logits.float().softmax(-1)
             probs = full.gather(-1, ids)
-        self.probs[rows], self.ids[rows] = probs, ids
+        self.probs[rows], self.ids[rows] = probs.float(), ids
         if p.temperature >= GREEDY:
             uniform = self.uniform[rows, self.cache.lengths[rows]]
             token = pick(logits.float(), uniform, p.temperature, p.top_p)

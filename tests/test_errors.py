@@ -1,11 +1,13 @@
 """Users' mistakes: one clear sentence, exit code 1 or 2, no traceback, nothing half-written."""
 
+import fcntl
 import json
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 
 import cache_latents
 import eval as evaluation
@@ -422,3 +424,49 @@ def test_a_step_that_is_no_number(command, checkpoint, data, tmp_path):
         and steps == list(range(1, len(steps) + 1))
         and not (out / "finished.json").exists()
     )
+
+
+def test_the_lock_comes_before_all_writing(command, fails, checkpoint, data, tmp_path):
+    """A start that finds the directory locked leaves the other start's settings as they are."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "config.json").write_text("theirs")
+    with open(out / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        fails(train_sft.main, sft(checkpoint(), data, out), "another process works on it")
+        assert sorted(f.name for f in out.iterdir()) == [".lock", "config.json"]
+        assert (out / "config.json").read_text() == "theirs"
+
+
+def test_export_through_a_link(command, checkpoint, tmp_path):
+    """The link stays a link, and nothing lies beside it."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    code, _, error = command(
+        load_hf_weights.main, "--model", checkpoint(), "--out", tmp_path / "link"
+    )
+    assert code == 0, error
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["disk", "link"]
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "config.json").exists()
+
+
+def test_equal_contents_give_equal_bytes(tmp_path):
+    """Also of the metadata, whose order safetensors does not keep."""
+    tensors = {name: torch.ones(2) for name in "abc"}
+    for i in range(8):
+        files.write_tensors(tmp_path / f"{i}.safetensors", tensors, {"rank": 4, "alpha": 8.0})
+    assert len({(tmp_path / f"{i}.safetensors").read_bytes() for i in range(8)}) == 1
+
+
+def test_a_chat_tokenizer_without_its_end(fails, checkpoint, data, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint(), broken)
+    spec = json.loads((broken / "tokenizer.json").read_text())
+    spec["added_tokens"] = [
+        t | {"content": "<|im_start|>"} if t["content"] == "<|endoftext|>" else t
+        for t in spec["added_tokens"]
+    ]
+    (broken / "tokenizer.json").write_text(json.dumps(spec))
+    (broken / "generation_config.json").unlink()  # it names the end by its id
+    words = "tokenizer.json", "'<|im_end|>' is missing"
+    fails(train_sft.main, sft(broken, data, tmp_path / "out"), *words)

@@ -2,7 +2,9 @@
 
 import json
 
-from experiments import gsm8k, multiplication, report
+from xml.dom import minidom
+
+from experiments import figures, gsm8k, multiplication, report
 
 
 def test_gsm8k(command, checkpoint, data, tmp_path):
@@ -61,3 +63,13 @@ def test_multiplication(command, checkpoint, tmp_path):
     known = {x["problem"] for x in tests}
     made = [json.loads(x) for x in (out / "train.jsonl").read_text().splitlines()]
     assert len(made) == 16 and not known & {x["problem"] for x in made}
+
+
+def test_pictures_are_xml_whatever_tokens_hold(tmp_path):
+    odd = ["\x00", "\x1b[0m", "$x_{", "<&>", "\ufffe", "é"]
+    latents = [[[token, 0.5], ["b", 0.25]] for token in odd]
+    figures.draw_latents(tmp_path / "l.svg", "".join(odd), odd, latents, "\x07")
+    figures.draw_masks(tmp_path / "m.svg", [odd[:2], odd, ["</think>"], ["1"]], 2)
+    figures.draw_points(tmp_path / "p.svg", [("a $", 0.5, 10.0, 1.0)], "x", "y")
+    for name in "lmp":
+        assert minidom.parse(str(tmp_path / f"{name}.svg")).documentElement.tagName == "svg"

@@ -216,7 +216,7 @@ def test_what_cannot_be_reproduced_is_refused(pair, tmp_path, change, words):
 )
 @pytest.mark.parametrize("name", ["llama3", "qwen2.5", "qwen3"])
 def test_published_tokenizers(name):
-    """Real tokenizer.json files, in folders of these names, on the hard strings and every file of LATENT_SFT_DATA."""
+    """Real tokenizer.json files, in folders of these names, on the hard strings and about 2,000 lines of every file of LATENT_SFT_DATA."""
     check_published(Path(os.environ["LATENT_SFT_TOKENIZERS"]) / name)
 
 
@@ -240,7 +240,8 @@ def check_published(directory: Path):
         texts += [
             v
             for f in sorted(Path(folder).glob("*.jsonl*"))
-            for row in read_jsonl(f)
+            for rows in [read_jsonl(f)]
+            for row in rows[:: 1 + len(rows) // 2000]
             for v in row.values()
             if isinstance(v, str)
         ]

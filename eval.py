@@ -83,7 +83,7 @@ def split_chain(tokens, end_think):
 
 
 def summarize(lines, samples):
-    """Means over predictions, those of the first problem first. Accuracy in %, with a 95% interval.
+    """Means over predictions, sorted by problem. Accuracy in %, with a 95% interval.
 
     pass@k: the share of problems that one of the k samples solves. chain_length is #L. compression
     is #chain tokens / #L. seconds_per_problem counts sampling only.
@@ -105,18 +105,18 @@ class Arm:
     """One model under one intervention: makes predictions of a file's problems."""
 
     def __init__(self, name, s, model, tokenizer, reasoning):
-        self.name, self.s, self.tokenizer = name, s, tokenizer
-        self.opening = OPENING if name in ("forced", "floor") else ""
-        ends = tokenizer.end_think + tokenizer.encode(self.opening), tokenizer.end_of_turn
         if not re.fullmatch(ARMS, name):
             raise UserError(f"--arms {name}: is none of {ARMS}")
         if reasoning.thinking != "latent" and name not in ("free", "floor"):
             raise UserError(f"--arms {name}: this model does not think in latents")
+        self.name, self.s, self.tokenizer = name, s, tokenizer
+        self.opening = OPENING if name in ("forced", "floor") else ""
+        ends = tokenizer.end_think + tokenizer.encode(self.opening), tokenizer.end_of_turn
         self.free = Sampler(model, reasoning, ends, replace(s, max_new_tokens=1), s.batch_size)
         change = {"floor": {"thinking": "none"}, "argmax": {"top_k": 1}}.get(name, {})
         reasoning = replace(reasoning, **change)
         if name.startswith("cut-"):
-            s = replace(s, max_latents=int(name[4:]))
+            s = replace(s, max_latents=min(int(name[4:]), s.max_latents))
         function = {"random": self.random_tokens, "other": self.of_others}.get(name)
         self.thinking = reasoning.thinking
         self.sampler = Sampler(model, reasoning, ends, s, s.batch_size, function)
@@ -132,7 +132,7 @@ class Arm:
     def predict(self, problems, numbers):
         """Yields a prediction for each sample, as it is made.
 
-        The number of a sample is that of its problem * samples + which sample it is.
+        The number of a sample is (number of its problem) * samples + (which sample it is).
         """
         samples, prompt = self.s.samples, self.tokenizer.prompt
         prompts = [prompt(problems[n // samples].text) for n in numbers]

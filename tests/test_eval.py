@@ -297,7 +297,7 @@ def test_stopped_evaluation_goes_on(command, thinker, data, tmp_path, monkeypatc
 
 def test_arms(command, checkpoint, thinker, data, tmp_path):
     """Each arm does what it says; one line of each."""
-    arms = ["free", "forced", "floor", "random", "other", "argmax", "cut-2"]
+    arms = ["free", "forced", "floor", "random", "other", "argmax", "cut-2", "cut-9"]
     code, printed, error = command(
         evaluation.main,
         "--model",
@@ -327,6 +327,7 @@ def test_arms(command, checkpoint, thinker, data, tmp_path):
         assert all(x == before[n % len(before)] for n, x in enumerate(latents) if before)
     assert sum(map(len, tokens("other"))) > 40
     assert tokens("cut-2") == [x[:2] for x in free]
+    assert tokens("cut-9") == free  # the budget of 4 holds
     assert all(x[0] == y[0][:1] for x, y in zip(tokens("argmax"), free) if y) and tokens(
         "argmax"
     ) != [[x[:1] for x in p] for p in free]

@@ -11,6 +11,7 @@ No step costs the square of a packed row's length.
 from collections import defaultdict
 from copy import deepcopy
 from functools import cache, cached_property, partial
+import gc
 import inspect
 from itertools import repeat
 
@@ -125,6 +126,12 @@ class Runner:
             self.recorded[rule, adapter] = RecordedRow(self, inputs_embeds, row, rule, adapter)
         return self.recorded[rule, adapter].replay(inputs_embeds, row)
 
+    def forget(self):
+        """Drops recorded and compiled code. It serves only the parameters that learned so far."""
+        self.recorded.clear()
+        torch.compiler.reset()
+        gc.collect()
+
     def run(self, inputs_embeds, row, rule, adapter):
         attend = repeat(PackedAttention(row.labels, rule))
         projected = partial(project, adapter=adapter)
@@ -143,7 +150,7 @@ class RecordedRow(nn.Module):
             torch.cuda.make_graphed_callables(self, (x,), allow_unused_input=True)
 
     def parameters(self, recurse=True):
-        """Those that the recorded backward has gradients for."""
+        """The parameters that the recorded backward makes gradients of."""
         model = self.runner.model
         for name, p in (*model.layers.named_parameters(), *model.norm.named_parameters()):
             used = f".adapters.{self.adapter}." in name or ".adapters." not in name

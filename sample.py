@@ -123,7 +123,7 @@ class Sampler:
         """Yields (number, Sequence) of each prompt (ids of Q <think>) as it ends.
 
         A prompt's random numbers depend on the seed and its number (its place, or `numbers`), not
-        on the batch. watch(sequence) is called after each step with those that go on.
+        on the batch. After each step watch(sequence) is called with each unfinished one.
         """
         each, running = zip(prompts, numbers or range(len(prompts))), {}
         waiting = deque(Sequence(*x, self) for x in each)
@@ -236,9 +236,9 @@ class Display:
         self.decode, self.latents, self.text = tokenizer.decode, 0, ""
 
     def __call__(self, sequence):
-        for n, latent in enumerate(sequence.latents[self.latents :], self.latents + 1):
-            words = (f"{self.decode([i])!r} {p:.2f}" for p, i in zip(*latent))
-            print(f"{n:4d}  " + "  ".join([*words][:3]))
+        for n, (probs, ids) in enumerate(sequence.latents[self.latents :], self.latents + 1):
+            words = (f"{self.decode([i])!r} {p:.2f}" for p, i in zip(probs[:3], ids))
+            print(f"{n:4d}  " + "  ".join(words))
         text = self.decode(sequence.tokens).rstrip("\N{REPLACEMENT CHARACTER}")
         print(text[len(self.text) :], end="", flush=True)
         self.latents, self.text = len(sequence.latents), text

@@ -57,11 +57,15 @@ class TwoLayouts:
 
 
 class Encoder(nn.Module):
-    """The adapter "encoder" on the base, and the latent query L, a vector [hidden_size]."""
+    """The adapter "encoder" on the base, and the latent query L, a vector [hidden_size].
 
-    def __init__(self, run, r, k, rule=RULES["encoder"]):
+    no_induction, an ablation: its mask is causal.
+    """
+
+    def __init__(self, run, r, k, no_induction=False):
         super().__init__()
-        self.run, self.model, self.r, self.k, self.rule = run, run.model, r, k, rule
+        self.run, self.model, self.r, self.k = run, run.model, r, k
+        self.rule = causal if no_induction else RULES["encoder"]
         self.latent_query = nn.Parameter(self.model.embed_tokens.weight.float().mean(0))
 
     def forward(self, row):
@@ -139,8 +143,7 @@ def finished_phase1(path):
 def load_encoder(phase1, run):
     """The encoder of a finished phase 1 run, as an adapter on run.model, the base of that run."""
     config = finished_phase1(phase1)
-    rule = causal if config["no_induction"] else RULES["encoder"]
-    encoder = Encoder(run, config["compression"], config["top_k"], rule)
+    encoder = Encoder(run, config["compression"], config["top_k"], config["no_induction"])
     encoder.load(Path(phase1) / config["steps"][-1])
     return encoder.eval()
 
@@ -155,7 +158,7 @@ def main():
     for name in LEARNS["joint"]:
         lora.add_adapter(model, name, s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
     run = make_runner(model, s, process, s.shard)
-    encoder = Encoder(run, s.compression, s.top_k, causal if s.no_induction else RULES["encoder"])
+    encoder = Encoder(run, s.compression, s.top_k, s.no_induction)
     reasoning = Reasoning("latent", s.top_k, s.compression)
     adapter = f"{s.steps[-1]}/decoder.safetensors"
     with run_directory(s, "train_phase1", s.model, reasoning, adapter=adapter) as out:

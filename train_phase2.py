@@ -14,9 +14,9 @@ import torch
 
 from cache_latents import identity, read_cache
 from data import PackedBatch, load_examples, num_targets, pack_examples
-from latents import add_noise, concatenate, cross_entropy, gumbel_like, induce, kl_divergence
-from latents import superpose
+from latents import add_noise, concatenate, cross_entropy, gumbel_like, induce, superpose
 from lib.cli import parse
+from lib.fast import kl_divergence
 from lib.run import join
 from load_hf_weights import base_dtype, load_model, resolve, save_checkpoint
 import lora
@@ -97,8 +97,8 @@ class Phase2(Task):
     def with_own_latents(self, x, row, E):
         """x with the model's own latents in a random share of the examples. Targets stay.
 
-        They are what inference would feed for each latent if all before it were those of x. Where
-        the model is in doubt they are mixtures, which no cached latent is.
+        Each is what inference would feed at its place, if it had read x so far. Where the model is
+        in doubt it is a mixture of several latents. No cached latent is.
         """
         labels, index = row.labels, row.latent_index
         with torch.no_grad():

@@ -7,7 +7,6 @@ dropout and noise it is the same for any split into ranks and packed rows (micro
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-import gc
 import json
 import math
 from pathlib import Path
@@ -133,9 +132,7 @@ def train(task, examples, s, process, out):
                 "--row-tokens: no example fits; or --batch-size: ranks need equal shares"
             )
         Trainer(task, fitting, s, process, out).loop()
-        task.run.recorded.clear()  # recorded and compiled code serves what learned now only
-        torch.compiler.reset()
-        gc.collect()
+        task.run.forget()
     barrier()
     (out / "resume.safetensors").unlink(missing_ok=True)
 
@@ -194,14 +191,10 @@ class Trainer:
 
     def rows(self, examples):
         """This rank's rows of `examples`, being packed."""
-        rank, world, lengths = (
-            self.process.rank,
-            self.process.world,
-            map(self.task.length, examples),
-        )
-        rows = distribute([*lengths], world, self.shape.tokens, self.shape.examples)[rank::world]
+        p, shape, lengths = self.process, self.shape, [*map(self.task.length, examples)]
+        rows = distribute(lengths, p.world, shape.tokens, shape.examples)[p.rank :: p.world]
         mine = ([examples[i] for i in row] for row in rows)
-        return [self.builder.submit(self.task.pack, x, self.shape) for x in mine]
+        return [self.builder.submit(self.task.pack, x, shape) for x in mine]
 
     def backward(self, examples, rows):
         """The gradient of the mean loss of `examples`. Returns {part: mean} over all ranks."""

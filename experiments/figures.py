@@ -27,9 +27,8 @@ def printable(text: str) -> str:
 def draw_masks(path, parts: list[list[str]], r: int) -> None:
     """Encoder and decoder mask. A coloured cell: the query (row) may look at the key (column).
 
-    The number behind a token is its position.
-
-    `parts` are the texts of the tokens of prompt, chain, </think> and answer.
+    The number behind a token is its position. `parts` are the texts of the tokens of prompt, chain,
+    </think> and answer.
     """
     texts = ["", *sum(parts, [])]
     numbers = iter(range(1, len(texts)))

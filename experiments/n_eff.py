@@ -5,8 +5,8 @@
 
 Lets the model think about the problems of the files (training lines). Writes OUT/n_eff.json, the
 means, and OUT/n_eff.problems.jsonl, one line a problem. N_eff is for problems for which the
-files have two different chains or more; the model's latents are compared with those that the
-encoder of its phase 1 makes of the chains. See docs/METHOD.md.
+files have two different chains or more; the model's latents are compared with the
+latents that the encoder of its phase 1 makes of the chains. See docs/METHOD.md.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line

@@ -32,15 +32,20 @@ class TaskSettings(RunSettings):
     data: str  # directory of the data files
 
 
-def call(script, **settings):
-    """Runs a script with --key value flags. Ends this program if it fails, and it with this."""
-    flags = []
+def flags(**settings):
+    """--key value ... for a command line. True is a flag alone, False is none."""
+    found = []
     for key, value in settings.items():
         if value is not False:
-            many = value if isinstance(value, (list, tuple)) else [value]
-            flags += ["--" + key.replace("_", "-"), *([] if value is True else map(str, many))]
+            many = value if isinstance(value, list | tuple) else [value]
+            found += ["--" + key.replace("_", "-"), *([] if value is True else map(str, many))]
+    return found
+
+
+def call(script, **settings):
+    """Runs a script. If the script or this program fails, both end."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    if subprocess.run([sys.executable, str(ROOT / script), *flags]).returncode:
+    if subprocess.run([sys.executable, str(ROOT / script), *flags(**settings)]).returncode:
         sys.exit(1)
 
 
@@ -63,8 +68,7 @@ class Pipeline:
     def latent(self, name, cot, phase1, phase2, **data) -> Path:
         """Phase 1, the latent cache and phase 2 from the CoT-SFT model `cot`."""
         one = self.train("train_phase1.py", f"{name}-phase1", model=cot, **phase1, **data)
-        made_from = {"phase1": one, "data": data["data"]}
-        cache = self.stage("cache_latents.py", f"{name}-cache", **made_from)
+        cache = self.stage("cache_latents.py", f"{name}-cache", phase1=one, data=data["data"])
         return self.train("train_phase2.py", name, phase1=one, cache=cache, **phase2, **data)
 
     def baselines(self, sft, tests, evaluation) -> Path:
@@ -80,8 +84,7 @@ class Pipeline:
         settings |= {"max_latents": 4, "max_new_tokens": 4} if self.s.smoke else {}
         name = f"eval-{run.relative_to(self.out)}-{tests[0].stem}".replace("/", "-")
         settings |= {"model": run, "data": tests, "arms": arms}
-        path = self.stage("eval.py", name, **settings)
-        return read_json(path / "summary.json")
+        return read_json(self.stage("eval.py", name, **settings) / "summary.json")
 
     def best(self, run, valid, **settings) -> Path:
         """The model along the run that is right most often on the file `valid`."""

@@ -22,7 +22,7 @@ def number(kind):
 
 
 def comments(settings):
-    """The comment behind each field of a dataclass and of those that it extends."""
+    """The comment behind each field of a dataclass, its base classes included."""
     source = "".join(inspect.getsource(cls) for cls in settings.__mro__[-2::-1])
     found = re.findall(r"^    (\w+):.*?#\s(.*)$", source, re.M)
     return {name: text.replace("%", "%%") for name, text in found}
@@ -37,10 +37,10 @@ def parse(settings, description):
         kind = many[0] if many else f.type  # a tuple takes several values
         if kind is not bool and f.default not in (MISSING, ""):
             text += f" (default: {str(f.default).strip('(),')})"
-        convert = number(kind) if kind in (int, float) else kind
-        value = {"type": convert, "nargs": "+" if many else None}
+        kind = number(kind) if kind in (int, float) else kind
+        value = {"type": kind, "nargs": "+" if many else None}
         more = {"action": "store_true"} if kind is bool else value
-        more |= {"required": f.default is MISSING, "default": f.default}
-        p.add_argument("--" + f.name.replace("_", "-"), help=text, **more)
+        more["required"] = f.default is MISSING
+        p.add_argument("--" + f.name.replace("_", "-"), help=text, default=f.default, **more)
     values = vars(p.parse_args()).items()
     return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})

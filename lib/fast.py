@@ -1,6 +1,6 @@
 """Faster versions of plain functions. Each has the plain function's result, and a test compares.
 
-Each saves at least 3% of a step on a GPU, measured alone (bench/README.md). Skip this at first.
+What each saves on a GPU was measured alone (bench/README.md). Skip this at first.
 """
 
 from functools import cache, partial

@@ -104,7 +104,7 @@ def read_tensors(path, device="cpu"):
 
 
 def file_hash(*paths):
-    """A short SHA-256 over those of the files, in order."""
+    """A short SHA-256 over the SHA-256 of each file, in order."""
     digest = hashlib.sha256()
     for path in paths:
         with reading(path), open(path, "rb") as file:

@@ -67,13 +67,15 @@ def grade(pairs, seconds=10):
     if not pairs:
         return []
     lines = "".join(json.dumps([gold, text[-LONGEST:]]) + "\n" for gold, text in pairs)
-    command = [sys.executable, __file__, str(seconds)]
-    done = subprocess.run(command, input=lines, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, str(seconds)], input=lines, stdout=subprocess.PIPE, text=True
+    )
     if done.returncode > 0:
         raise RuntimeError("the grader does not start; is math-verify installed?")
     verdicts = [word == "True" for word in done.stdout.split()]
-    rest = pairs[len(verdicts) + 1 :]
-    return verdicts + [False] + grade(rest, seconds) if done.returncode else verdicts
+    if done.returncode:
+        verdicts += [False, *grade(pairs[len(verdicts) + 1 :], seconds)]
+    return verdicts
 
 
 def serve(seconds):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from lib.errors import UserError
 from lib.files import read_json, write_json
 
-# Settings that may differ when a run goes on. The hash of the data may not.
+# Settings that may differ when a run goes on. A fact (the data's hash, ...) may not.
 FREE = "out device data model phase1 cache save_every keep arms shard checkpoint_activations"
 
 
@@ -80,7 +80,7 @@ def output_directory(out, settings=None, **facts):
 
     A directory is taken if it is new, empty, or was made by this function. Temporary files of
     killed processes are removed. config.json holds `settings`, a dataclass, and `facts`. Raises
-    UserError where others made what is there. Yields the path.
+    UserError if another command or other settings made what is there. Yields the path.
     """
     out, locks = Path(out), []  # a lock lasts as long as its file is open
 
@@ -110,7 +110,7 @@ def begin_or_continue(out, settings, facts):
     if not (path.exists() and [*out.rglob("*.safetensors"), *out.glob("*.*.jsonl")]):
         return write_json(path, new)
     old = read_json(path)
-    for key in new.keys() - set(FREE.split()):
+    for key in new.keys() - (set(FREE.split()) - facts.keys()):
         was = json.dumps(old.get(key, getattr(type(settings), key, None)))
         if was != json.dumps(new[key]):
             what = f"was made with {key} = {was}, not {json.dumps(new[key])}"

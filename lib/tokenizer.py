@@ -1,6 +1,7 @@
 """Text to ids and back: tiktoken's BPE from a tokenizer.json, and each family's prompt.
 
-The ids are those of Hugging Face `tokenizers`. A file that cannot be reproduced exactly is refused.
+The ids equal the ids of Hugging Face `tokenizers`. A file that cannot be reproduced exactly is
+refused.
 """
 
 from functools import lru_cache, partial

@@ -19,7 +19,6 @@ from lib import errors  # noqa: E402
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a GPU; `-m gpu` runs these alone")
     if (
         config.option.markexpr != "gpu"
     ):  # comparisons to 1e-5 are for float32 on a CPU, also where a GPU is

@@ -40,8 +40,7 @@ def encoder_states(hf, ex, query, r, induction):
 )
 def test_phase1_loss(checkpoint, examples, k, induction, segments):  # noqa: F811
     directory, r = checkpoint("qwen3", True), 2
-    rule = masks.induction if induction else masks.causal
-    task = phase1_task(directory, r, k, segments=segments, rule=rule)
+    task = phase1_task(directory, r, k, segments=segments, no_induction=not induction)
     model, encoder = task.model, task.encoder
     hf_encoder, hf_decoder = (merged_hf(directory, model, name) for name in ("encoder", "decoder"))
     query, E, losses = (

@@ -8,37 +8,19 @@ import torch
 import cache_latents
 from attention import Runner
 from data import load_examples, num_latents, pack_examples
+from experiments.pipeline import flags
 from load_hf_weights import load_model
 import train_phase1
 import train_phase2
 from train_phase1 import load_encoder
 
 
+SMALL = dict(batch_size=8, row_tokens=1000, lora_rank=4)
+
+
 def phase1(command, checkpoint, data, out, *more):
-    code, _, error = command(
-        train_phase1.main,
-        "--steps",
-        "encoder",
-        "--model",
-        checkpoint(),
-        "--data",
-        data,
-        "--out",
-        out,
-        "--max-steps",
-        3,
-        "--batch-size",
-        8,
-        "--row-tokens",
-        1000,
-        "--lora-rank",
-        4,
-        "--top-k",
-        3,
-        "--lr",
-        1e-2,
-        *more,
-    )
+    settings = flags(model=checkpoint(), data=data, out=out, max_steps=3, top_k=3, lr=1e-2, **SMALL)
+    code, _, error = command(train_phase1.main, "--steps", "encoder", *settings, *more)
     assert code == 0, error
     return out
 
@@ -49,25 +31,7 @@ def run(command, checkpoint, data, tmp_path):
 
 
 def phase2_arguments(run, data, cache, out, *more):
-    return [
-        "--phase1",
-        run,
-        "--cache",
-        cache,
-        "--data",
-        data,
-        "--out",
-        out,
-        "--max-steps",
-        2,
-        "--batch-size",
-        8,
-        "--row-tokens",
-        1000,
-        "--lora-rank",
-        4,
-        *more,
-    ]
+    return [*flags(phase1=run, cache=cache, data=data, out=out, max_steps=2, **SMALL), *more]
 
 
 @pytest.mark.parametrize("k", [3, 0])
@@ -157,7 +121,7 @@ def test_a_damaged_or_unfinished_cache_is_refused(command, data, run, tmp_path):
 def test_the_cache_refuses_an_output_of_another_run(command, checkpoint, data, run, tmp_path):
     cache = tmp_path / "cache"
     assert command(cache_latents.main, "--phase1", run, "--data", data, "--out", cache)[0] == 0
-    for name, *flags in (("rate", "--compression", 3), ("seed", "--seed", 2)):
-        other = ["--phase1", phase1(command, checkpoint, data, tmp_path / name, *flags)]
+    for name, *more in (("rate", "--compression", 3), ("seed", "--seed", 2)):
+        other = ["--phase1", phase1(command, checkpoint, data, tmp_path / name, *more)]
         code, _, error = command(cache_latents.main, *other, "--data", data, "--out", cache)
         assert code == 1 and "was made with " in error, name

@@ -11,6 +11,7 @@ import torch
 
 import cache_latents
 import eval as evaluation
+from experiments.pipeline import flags
 from lib import files, run as run_module
 import load_hf_weights
 import sample
@@ -35,19 +36,7 @@ def fails(command):
 
 
 def sft(model, data, out, *more):
-    return [
-        "--model",
-        model,
-        "--data",
-        data,
-        "--out",
-        out,
-        "--max-steps",
-        1,
-        "--batch-size",
-        4,
-        *more,
-    ]
+    return [*flags(model=model, data=data, out=out, max_steps=1, batch_size=4), *more]
 
 
 LINE = {"problem": "1+1", "cot": "2", "cot_answer": "\\boxed{2}"}
@@ -393,23 +382,8 @@ def test_help(command, script):
 def test_a_step_that_is_no_number(command, checkpoint, data, tmp_path):
     """Ends the run before anything of the step is saved."""
     out = tmp_path / "out"
-    code, _, error = command(
-        train_sft.main,
-        "--model",
-        checkpoint(),
-        "--data",
-        data,
-        "--out",
-        out,
-        "--batch-size",
-        4,
-        "--max-steps",
-        9,
-        "--lr",
-        "1e30",
-        "--save-every",
-        0,
-    )
+    more = flags(max_steps=9, lr="1e30", save_every=0)
+    code, _, error = command(train_sft.main, *sft(checkpoint(), data, out, *more))
     last = error.strip().splitlines()[-1]
     assert (
         code == 1

@@ -12,6 +12,7 @@ import torch
 
 import cache_latents
 import eval as evaluation
+from experiments.pipeline import flags
 import load_hf_weights
 from load_hf_weights import load_model
 import sample
@@ -99,39 +100,13 @@ def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
         train_phase2.main, "latent", "--phase1", phase1, "--cache", tmp_path / "cache", *lora
     )
 
-    code, printed, error = command(
-        sample.main,
-        "--model",
-        latent,
-        "--prompt",
-        "What is 3*4+5?",
-        "--max-latents",
-        6,
-        "--max-new-tokens",
-        12,
-        "--temperature",
-        0,
-        "--device",
-        "cpu",
-    )
+    greedy = dict(model=latent, max_new_tokens=12, temperature=0, device="cpu")
+    ask = flags(prompt="What is 3*4+5?", max_latents=6, **greedy)
+    code, printed, error = command(sample.main, *ask)
     lines = printed.splitlines()
     assert code == 0 and lines[0].startswith("   1  '") and len(lines) >= 3, error
-    code, _, error = command(
-        evaluation.main,
-        "--model",
-        latent,
-        *data,
-        "--out",
-        tmp_path / "eval",
-        "--max-latents",
-        8,
-        "--max-new-tokens",
-        12,
-        "--temperature",
-        0,
-        "--device",
-        "cpu",
-    )
+    benchmark = flags(out=tmp_path / "eval", max_latents=8, **greedy)
+    code, _, error = command(evaluation.main, *data, *benchmark)
     assert (
         code == 0
         and json.loads((tmp_path / "eval" / "summary.json").read_text())["train.free"]["count"] == 3

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from attention import Runner
 import data as data_module
 from data import load_examples
+from experiments.pipeline import flags
 from lib import files
 from load_hf_weights import Reasoning, load_checkpoint, load_model
 import load_hf_weights
@@ -86,7 +87,7 @@ def phase1_task(directory, r=2, k=3, learns=("encoder", "decoder"), dropout=0.0,
         lively(model, name)
     torch.manual_seed(7)
     run = Runner(model)
-    encoder = Encoder(run, r, k, rule=more.pop("rule", masks.induction))
+    encoder = Encoder(run, r, k, more.pop("no_induction", False))
     encoder.latent_query.data = 0.5 * torch.randn(model.config.hidden_size)
     return Phase1(run, encoder, learns, **more)
 
@@ -311,21 +312,8 @@ def test_noise_acts_in_training_only(checkpoint, examples):
 
 
 def sft(checkpoint, data, out, *more):
-    return [
-        "--model",
-        checkpoint(),
-        "--data",
-        data,
-        "--out",
-        out,
-        "--batch-size",
-        8,
-        "--row-tokens",
-        1000,
-        "--lr",
-        1e-2,
-        *more,
-    ]
+    settings = dict(batch_size=8, row_tokens=1000, lr=1e-2)
+    return [*flags(model=checkpoint(), data=data, out=out, **settings), *more]
 
 
 def weights(run: Path) -> dict:
@@ -623,15 +611,15 @@ def test_saving_takes_little_of_the_time(command, checkpoint, data, tmp_path, mo
     monkeypatch.setattr(trainer.Trainer, "save", slow_save)
     monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", tick)
     monkeypatch.setattr(trainer.time, "time", lambda: clock[0])
-    for takes, flags, expected in (
+    for takes, more, expected in (
         (7, ["--max-steps", 160], [1, 68, 135, 160]),  # a save of 7 is due every 140; the end
         (7, ["--max-steps", 160, "--save-every", 200], [1, 98, 160]),
         (0, ["--max-steps", 20, "--save-every", 13], [1, 8, 15, 20]),
         (0, ["--max-steps", 4, "--save-every", 0], [1, 2, 3, 4]),
     ):
         saves.clear()
-        out = tmp_path / "-".join(map(str, [takes, *flags]))
-        assert command(train_sft.main, *sft(checkpoint, data, out, *flags))[0] == 0
+        out = tmp_path / "-".join(map(str, [takes, *more]))
+        assert command(train_sft.main, *sft(checkpoint, data, out, *more))[0] == 0
         assert saves == expected
 
 

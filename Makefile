@@ -1,4 +1,4 @@
-# make demo   sets up .venv, then the whole pipeline on a made-up task: a table and three pictures
+# make demo   sets up .venv, then the whole pipeline on a made-up task: a table and two pictures
 # make test   sets up .venv with the libraries to compare with, then linter and tests
 
 PYTHON ?= python3
@@ -6,20 +6,14 @@ RATES ?= 2
 SEED ?= 1
 OUT ?= demo
 
-.PHONY: demo test tests-1 tests-2 clean
+.PHONY: demo test clean
 
 demo: .venv/product
 	.venv/bin/python -m experiments.demo --out $(OUT) --rates $(RATES) --seed $(SEED)
 
 test: .venv/tests
 	.venv/bin/ruff format --check . && .venv/bin/ruff check .
-	$(MAKE) -j2 tests-1 tests-2
-
-tests-1:
-	.venv/bin/python -m pytest -q tests/test_[a-l]*.py
-
-tests-2:
-	.venv/bin/python -m pytest -q tests/test_[m-z]*.py
+	.venv/bin/python -m pytest -q -n 2 --dist worksteal tests
 
 .venv/product: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -1,6 +1,7 @@
 """The latent cache: a phase 1 encoder run once over the training set.
 
     python cache_latents.py --phase1 runs/phase1 --data train.jsonl --out runs/cache
+    python cache_latents.py --multiplex 0.9 --model runs/cot --data train.jsonl --out runs/cache
 
 OUT/shard-00000.safetensors ... hold `probs` float16 [sum N, k], `ids` int32 [sum N, k] and `sizes`
 int64 [examples], the N of each example. OUT/cache.json is written last.
@@ -8,47 +9,61 @@ int64 [examples], the N of each example. OUT/cache.json is written last.
 
 import lib.errors  # noqa: F401  from here on an error is one line
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from attention import Runner
 from data import distribute, load_examples, num_latents, num_tokens, pack_examples
 from data import row_shape, to_device
-from latents import concatenate
-from lib.cli import parse
+from lib.cli import parse, settings
 from lib.errors import UserError
 from lib.files import file_hash, read_json, read_tensors, write_json, write_tensors
 from lib.run import barrier, join, output_directory
-from load_hf_weights import base_dtype, fingerprint, load_model, resolve
+from load_hf_weights import Reasoning, fingerprint, load_model, resolve
 from train_phase1 import finished_phase1, load_encoder
 
 SHARD = 1024  # examples
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Settings:
-    phase1: str  # the phase 1 run whose encoder makes the latents
     data: str  # the training file of phase 2
     out: str  # directory of the cache; the same command goes on where it stopped
+    phase1: str = ""  # the phase 1 run whose encoder makes the latents
+    multiplex: float = 0.0  # addition to the paper (MUX): no encoder, token j weighs multiplex^j
+    model: str = ""  # with --multiplex: the model that phase 2 starts from
+    compression: int = 2  # with --multiplex: chain tokens per latent, r
     row_tokens: int = 8192  # tokens of a packed row
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
 
 
-def identity(phase1, data, count):
+def identity(s, count):
     """What a cache depends on. Phase 2 compares it with what it is about to train on."""
-    config = finished_phase1(phase1)
-    encoder = Path(phase1) / config["steps"][-1] / "encoder.safetensors"
-    return {
-        "compression": config["compression"],
-        "top_k": config["top_k"],
-        "count": count,
-        "data_hash": file_hash(data),
-        "encoder": fingerprint(config["start"], encoder),
-        "tokenizer": file_hash(resolve(config["start"])[0] / "tokenizer.json"),
-    }
+    found = {"count": count, "data_hash": file_hash(s.data)}
+    found["tokenizer"] = file_hash(resolve(s.phase1 or s.model)[0] / "tokenizer.json")
+    if s.phase1:
+        config = finished_phase1(s.phase1)
+        file = Path(s.phase1) / config["steps"][-1] / "encoder.safetensors"
+        found |= {"compression": config["compression"], "top_k": config["top_k"]}
+        found["encoder"] = fingerprint(config["start"], file)
+    return found
+
+
+def multiplexed(example, r, rho):
+    """Not in the paper: alpha as in MUX (arXiv 2607.18264), like `encode` but without an encoder.
+
+    Token number j of a segment has the weight rho^j. A token that occurs twice has both weights.
+    """
+    n = len(example.chain)
+    ids = F.pad(torch.tensor(example.chain).int(), (0, -n % r)).view(-1, r)
+    place = torch.arange(ids.numel()).view(-1, r)
+    same = ids[:, :, None] == ids[:, None]
+    masses = (same * (rho ** (place % r) * (place < n))[:, None]).sum(-1)
+    masses *= ~same.tril(-1).any(-1)  # at the first place of each token
+    return (masses / masses.sum(-1, keepdim=True)).half(), ids
 
 
 @torch.no_grad()
@@ -68,7 +83,7 @@ def encode(encoder, examples, row_tokens, device):
 
 
 def read_cache(directory, expected):
-    """The latents of every example, in the order of the data file, as `encode` gives them.
+    """cache.json, and the latents of every example of the data file, as `encode` gives them.
 
     Raises UserError that names the value in which the cache differs from `expected` (identity).
     """
@@ -79,36 +94,44 @@ def read_cache(directory, expected):
     for key, value in expected.items():
         if found.get(key) != value:
             was = f"{key} is {found.get(key)} in the cache and {value} here"
-            raise UserError(f"{directory}: {was}; make a cache of this phase 1 run and this data")
+            raise UserError(f"{directory}: {was}; make a cache for this start and this data")
     for shard in sorted(path.parent.glob("shard-*.safetensors")):
         tensors, _ = read_tensors(shard)
         sizes = tensors["sizes"].tolist()
         cached += zip(tensors["probs"].split(sizes), tensors["ids"].split(sizes))
     if len(cached) != found["count"]:
         raise UserError(f"{directory}: shards are missing; delete the cache and make it again")
-    return cached
+    return found, cached
 
 
 def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
-    start = finished_phase1(s.phase1)["start"]
-    model, tokenizer, _ = load_model(start, process.device, base_dtype(process.device))
-    if process.device.type == "cuda":
-        model.compile_layers()
-    encoder = load_encoder(s.phase1, Runner(model))
+    if bool(s.phase1) == bool(s.multiplex):
+        raise UserError("name either --phase1, or --multiplex and --model")
+    start = finished_phase1(s.phase1)["start"] if s.phase1 else s.model
+    model, tokenizer, _ = load_model(start, process.device, process.dtype)
     examples = load_examples(s.data, tokenizer, process.say)
-    made_from = identity(s.phase1, s.data, len(examples))
+    made_from = identity(s, len(examples))
+    if s.multiplex:
+        made_from |= {"compression": s.compression, "top_k": Reasoning.top_k}
+    else:
+        if process.device.type == "cuda":
+            model.compile_layers()
+        encoder = load_encoder(s.phase1, Runner(model))
     with output_directory(s.out, s, **made_from) as out:
         process.say(f"{out}: latents of {len(examples)} examples, on {process.device}")
         numbers = range(process.rank, -(-len(examples) // SHARD), process.world)
-        for number in tqdm(numbers, desc=out.name, disable=not process.main):
+        for number in tqdm(numbers, out.name, disable=not process.main):
             path = out / f"shard-{number:05d}.safetensors"
             if not path.exists():
                 part = examples[number * SHARD : (number + 1) * SHARD]
-                cached = encode(encoder, part, s.row_tokens, process.device)
+                if s.multiplex:
+                    cached = [multiplexed(e, s.compression, s.multiplex) for e in part]
+                else:
+                    cached = encode(encoder, part, s.row_tokens, process.device)
                 sizes = torch.tensor([len(probs) for probs, _ in cached])
-                probs, ids = concatenate(cached)
+                probs, ids = map(torch.cat, zip(*cached))
                 write_tensors(path, {"probs": probs, "ids": ids, "sizes": sizes})
         barrier()
         write_json(out / "cache.json", made_from)

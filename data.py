@@ -1,7 +1,6 @@
 """JSONL line -> Example -> layout -> packed row. The layouts are the table in docs/METHOD.md."""
 
 from dataclasses import dataclass, is_dataclass
-import heapq
 
 import numpy as np
 import torch
@@ -211,14 +210,12 @@ def distribute(lengths, ranks, budget, most):
     count = max(-(-sum(lengths) // budget), -(-len(lengths) // most))
     while True:
         count = min(-(-count // ranks) * ranks, len(lengths))
-        rows, loads = [[] for _ in range(count)], [(0, row) for row in range(count)]
+        rows, loads = [[] for _ in range(count)], [0] * count
         for i in order:
-            load, row = loads[0]
-            full = load + lengths[i] > budget or len(rows[row]) == most
-            if full and count < len(lengths):
-                break  # more rows are needed
+            row = loads.index(min(loads))
             rows[row].append(i)
-            heapq.heapreplace(loads, (load + lengths[i], row))
-        else:
+            loads[row] += lengths[i]
+        fits = max(loads) <= budget and max(map(len, rows)) <= most
+        if fits or count == len(lengths):
             return rows
         count += max(1, count // 10)

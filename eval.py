@@ -31,20 +31,19 @@ import numpy as np
 from tqdm import tqdm
 
 from data import text_field, written_chain
-from lib.cli import parse
+from lib.cli import parse, settings
 from lib.errors import UserError
 from lib.files import read_jsonl, reading, write_json, write_text
 from lib.grader import boxed, grade
 from lib.run import barrier, from_rank0, join, output_directory
-from load_hf_weights import base_dtype, fingerprint, load_model
+from load_hf_weights import fingerprint, load_model
 from sample import Sampler, SamplingParams
 
 ARMS = r"free|forced|floor|random|other|argmax|cut-\d{1,6}"
 MEANS = "correct chain_length written_length answer_tokens finished seconds".split()
-OPENING = "\\boxed{"  # a forced answer begins with it
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Settings(SamplingParams):
     data: tuple[str, ...]  # benchmark files
     out: str  # directory of predictions and summaries
@@ -110,7 +109,7 @@ class Arm:
         if reasoning.thinking != "latent" and name not in ("free", "floor"):
             raise UserError(f"--arms {name}: this model does not think in latents")
         self.name, self.s, self.tokenizer = name, s, tokenizer
-        self.opening = OPENING if name in ("forced", "floor") else ""
+        self.opening = "\\boxed{" if name in ("forced", "floor") else ""
         ends = tokenizer.end_think + tokenizer.encode(self.opening), tokenizer.end_of_turn
         self.free = Sampler(model, reasoning, ends, replace(s, max_new_tokens=1), s.batch_size)
         change = {"floor": {"thinking": "none"}, "argmax": {"top_k": 1}}.get(name, {})
@@ -205,7 +204,7 @@ def main():
     if len(files) < len(s.data):
         raise UserError("--data: two files have the same name, which names their results")
     problems = {name: load_problems(file) for name, file in files.items()}
-    loaded = load_model(s.model, process.device, base_dtype(process.device))
+    loaded = load_model(s.model, process.device, process.dtype)
     arms, summaries = [Arm(name, s, *loaded) for name in s.arms], {}
     weights = from_rank0(lambda: fingerprint(s.model))
     with output_directory(s.out, s, command="eval", weights=weights) as out:

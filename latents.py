@@ -38,12 +38,6 @@ def induce(hidden_states, embedding, k):
     return logits.softmax(-1), ids
 
 
-def concatenate(alphas):
-    """The latents of several examples as one (probs, ids)."""
-    probs, ids = zip(*alphas)
-    return torch.cat(probs), torch.cat(ids)
-
-
 def cross_entropy(hidden_states, head, targets):
     """Sum of the cross-entropies of targets [n]: the KL from a one-hot distribution."""
     ones = precise(hidden_states.new_ones(len(targets)))
@@ -62,11 +56,6 @@ def segment_loss(hidden_states, embedding, latent, tokens):
     weights = 0.5**place / (2 - 0.5 ** (size[latent] - 1))
     ones = torch.ones_like(weights)[:, None]
     return kl_divergence(hidden_states[latent], embedding, ones, tokens[:, None], weights)
-
-
-def entropy(probs):
-    """-sum_k p_k log p_k of probs [..., k], in nats."""
-    return -torch.xlogy(probs, probs).sum(-1)
 
 
 def add_noise(probs, ids, gumbel, forbidden, scale, temperature):

@@ -14,7 +14,7 @@ import shutil
 
 import torch
 
-from lib.cli import parse
+from lib.cli import parse, settings
 from lib.errors import UserError
 from lib.files import file_hash, read_json, read_tensors, reading, write_json, write_tensors
 from lib.run import output_directory
@@ -27,7 +27,7 @@ COPIED = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tok
 COPIED += " merges.txt chat_template.jinja generation_config.json"
 
 
-@dataclass(frozen=True)
+@settings
 class Settings:
     model: str  # checkpoint directory or run to export
     out: str  # new directory in Hugging Face's layout
@@ -48,14 +48,11 @@ def read_config(directory):
     c = {k: value for k, value in read_json(path).items() if value is not None}
     with reading(path):
         rope = c.get("rope_parameters") or c.get("rope_scaling") or {}  # new and old name
-        qwen2 = c.get("model_type") == "qwen2"
         supported = {
             "model_type": ("llama", "qwen2", "qwen3"),
             "rope_type": ("default", "llama3"),
             "hidden_act": ("silu",),
             "use_sliding_window": (False,),
-            "mlp_bias": (False,),
-            "attention_bias": (False, qwen2),
             "dtype": tuple(DTYPES),
         }
         found = {"rope_type": rope.get("type", "default"), "dtype": c.get("torch_dtype", "float32")}
@@ -89,31 +86,24 @@ def weight_files(directory):
 
 def load_checkpoint(directory, device="cpu", dtype=torch.float32):
     """The model in a hub directory, frozen. UserError names a tensor that does not fit."""
-    config, found = read_config(directory), {}
+    config, weights = read_config(directory), {}
     with torch.device("meta"):
         model = Model(config)
-    expected = {hf_name(n): p.shape for n, p in model.named_parameters()}
+    expected = {hf_name(n): (n, p.shape) for n, p in model.named_parameters()}
     for path in weight_files(directory):
         for name, t in read_tensors(path, device)[0].items():
-            known = name.endswith(("lm_head.weight", "rotary_emb.inv_freq"))
-            if known and name not in expected:
+            n, shape = expected.pop(name, (None, None))
+            if not n and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
                 continue  # a second copy, or derived
-            if t.shape != expected.get(name):
-                needed = expected.get(name, "no such tensor")
-                raise UserError(f"{path}: {name} has the shape {t.shape}; needed is {needed}")
-            if t.dtype not in DTYPES.values() or not t.isfinite().all():
-                raise UserError(f"{path}: {name} is {t.dtype} or holds NaN or infinity")
-            found[name] = t.to(dtype)
-    with reading(directory):
-        weights = {n: found[hf_name(n)] for n, _ in model.named_parameters()}
+            if t.shape != shape or t.dtype not in DTYPES.values() or not t.isfinite().all():
+                needed = f"finite numbers, {shape}" if shape else "no such tensor"
+                raise UserError(f"{path}: {name} is {t.dtype} {t.shape}; needed: {needed}")
+            weights[n] = t.to(dtype)
+    if expected:
+        raise UserError(f"{directory}: {min(expected)} is missing")
     model.load_state_dict(weights, assign=True)
     model.rope_frequencies = rotary_frequencies(config).to(device)
     return model.requires_grad_(False)
-
-
-def base_dtype(device):
-    """The dtype of a frozen base: bfloat16 on a GPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def resolve(path):

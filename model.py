@@ -6,6 +6,7 @@ used, the projections (lora.py).
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 import math
 
 import torch
@@ -149,12 +150,8 @@ class Model(nn.Module):
         angles = position_ids[:, None, None].float() * self.rope_frequencies
         rope = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
         for layer, attend_layer in zip(self.layers, attend):
-            arguments = x, rope, attend_layer, project
-            x = (
-                checkpoint(layer, *arguments, use_reentrant=False)
-                if recompute
-                else layer(*arguments)
-            )
+            run = partial(checkpoint, layer, use_reentrant=False) if recompute else layer
+            x = run(x, rope, attend_layer, project)
         return self.norm(x)
 
     def compile_layers(self, **options):

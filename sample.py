@@ -10,20 +10,19 @@ what each reads next.
 import lib.errors  # noqa: F401  from here on an error is one line
 
 from collections import deque
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
 from attention import BLOCK, KVCache
-from data import Example, distribute, pack_examples, to_device
+from data import Example, pack_examples, to_device
 from latents import add_noise, superpose, top_probs
-from lib.cli import parse
+from lib.cli import parse, settings
 from lib.errors import UserError
 from lib.fast import recorded
 from lib.run import join
-from load_hf_weights import base_dtype, load_model
+from load_hf_weights import load_model
 
 PREFILL = 2**14  # tokens of prompts that are read at a time
 SHOWN = 10  # tokens of a full-vocabulary latent that a result keeps
@@ -33,7 +32,7 @@ GREEDY = 1e-4  # below this temperature the most likely token is taken
 ONE_ROW = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class SamplingParams:
     model: str  # checkpoint directory or run
     max_latents: int = 256  # latent budget; then </think> is fed
@@ -46,7 +45,7 @@ class SamplingParams:
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Settings(SamplingParams):
     prompt: tuple[str, ...]  # one problem, or several
 
@@ -155,8 +154,8 @@ class Sampler:
             if self.replace and reads[row] == LATENT:  # the one place where a latent is replaced
                 probs[row], ids[row] = self.replace(s, *latent)
         if self.replace:
-            self.probs.copy_(torch.from_numpy(probs))
-            self.ids.copy_(torch.from_numpy(ids))
+            alpha = (torch.from_numpy(x).to(self.device) for x in (probs, ids))
+            self.z.copy_(superpose(*alpha, self.model.embed_tokens.weight))
         return reads
 
     @torch.no_grad()
@@ -180,7 +179,7 @@ class Sampler:
         self.uniform = zeros(B, length)  # a random number for each position
         k = self.k or min(SHOWN, V)
         self.probs, self.ids = zeros(B, k), whole(B, k)
-        self.full = zeros(B, V if self.k == 0 else 0)  # alpha over the full vocabulary
+        self.z = self.model.head.new_zeros(B, model.config.hidden_size)  # what they would think
         self.step = self._step
         if device.type == "cuda":
             model.compile_layers(**(ONE_ROW if B == 1 else {}))
@@ -188,40 +187,37 @@ class Sampler:
 
     def _read(self, new):
         """Reads the prompts of new sequences into their rows."""
-        rows, sequences = torch.tensor([*new], device=self.device), [*new.values()]
-        if self.params.temperature >= GREEDY:
-            shape, seed = self.uniform.shape[1], self.params.seed
-            rngs = (np.random.default_rng((seed, s.number, 1)) for s in sequences)
-            draws = np.stack([rng.random(shape, dtype=np.float32) for rng in rngs])
-            self.uniform[rows] = torch.from_numpy(draws).to(self.device)
-        lengths = [len(s.prompt) for s in sequences]
-        for part in distribute(lengths, 1, max(PREFILL, *lengths), len(rows)):
-            examples = [Example(sequences[i].prompt, [], [], []) for i in part]
-            packed, at = to_device(pack_examples("cot", examples), self.device), rows[part]
+        p, longest = self.params, max(len(s.prompt) for s in new.values())
+        for part in torch.tensor([*new]).split(max(1, PREFILL // longest)):
+            sequences, rows = [new[row] for row in part.tolist()], part.to(self.device)
+            if p.temperature >= GREEDY:
+                rngs = (np.random.default_rng((p.seed, s.number, 1)) for s in sequences)
+                draws = [rng.random(self.uniform.shape[1], dtype=np.float32) for rng in rngs]
+                self.uniform[rows] = torch.from_numpy(np.stack(draws)).to(self.device)
+            examples = [Example(s.prompt, [], [], []) for s in sequences]
+            packed = to_device(pack_examples("cot", examples), self.device)
             with torch.compiler.set_stance("force_eager"):  # ever new lengths
-                attend = self.cache.prefill(at, packed.labels, packed.position_ids)
+                attend = self.cache.prefill(rows, packed.labels, packed.position_ids)
                 x = self.model.embed_tokens(packed.ids)
                 h = self.model(x, packed.position_ids, attend)
-            self._look(h[packed.labels.starts[1:].long() - 1], at)
+            self._look(h[packed.labels.starts[1:].long() - 1], rows)
 
     def _step(self):
         """Every row reads `token`: a token, the latent that it made last, or nothing."""
-        E = self.model.embed_tokens.weight
-        x = E[self.token.clamp(min=0)]
-        if self.thinking == "latent":
-            alpha = (self.probs, self.ids) if self.k else (self.full, self.ids[:, :0])
-            x = torch.where((self.token == LATENT)[:, None], superpose(*alpha, E), x)
+        x = self.model.embed_tokens(self.token.clamp(min=0))
+        x = torch.where((self.token == LATENT)[:, None], self.z, x)
         position_ids, attend = self.cache.lengths.clone(), self.cache.decode(self.token != DONE)
         self._look(self.model(x, position_ids, attend), self.rows)
 
     def _look(self, h, rows):
         """What `rows` would think and say next, from their last hidden states [n, hidden_size]."""
         p, logits = self.params, h @ self.model.head.T
-        probs, ids = top_probs(logits, self.ids.shape[1])
-        token = ids[:, 0]
+        probs, ids = top_probs(logits, self.k)
+        if self.thinking == "latent":
+            self.z[rows] = superpose(probs, ids, self.model.embed_tokens.weight)
         if self.k == 0:
-            self.full[rows] = full = logits.float().softmax(-1)
-            probs = full.gather(-1, ids)
+            probs, ids = probs.topk(self.ids.shape[1])
+        token = ids[:, 0]
         self.probs[rows], self.ids[rows] = probs.float(), ids
         if p.temperature >= GREEDY:
             uniform = self.uniform[rows, self.cache.lengths[rows]]
@@ -247,7 +243,7 @@ class Display:
 def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
-    model, tokenizer, reasoning = load_model(s.model, process.device, base_dtype(process.device))
+    model, tokenizer, reasoning = load_model(s.model, process.device, process.dtype)
     sampler = Sampler(model, reasoning, (tokenizer.end_think, tokenizer.end_of_turn), s)
     for number, problem in enumerate(s.prompt if process.main else ()):
         show = Display(tokenizer)

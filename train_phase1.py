@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from data import PackedBatch, load_examples, num_latents, num_targets, pack_examples
-from latents import cross_entropy, entropy, induce, segment_loss, superpose
-from lib.cli import parse
+from latents import cross_entropy, induce, segment_loss, superpose
+from lib.cli import parse, settings
 from lib.errors import UserError
 from lib.files import read_json, write_json
 from lib.run import join
-from load_hf_weights import Reasoning, base_dtype, load_model
+from load_hf_weights import Reasoning, load_model
 import lora
 from masks import RULES, causal
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
@@ -31,7 +31,7 @@ from trainer import Task, TrainingSettings, make_runner, run_directory, train
 LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder", "decoder")}
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Settings(TrainingSettings):
     model: str  # the CoT-SFT model to start from: a run or a checkpoint directory
     steps: tuple[str, ...] = tuple(LEARNS)  # of encoder, decoder, joint: which to train
@@ -92,9 +92,8 @@ class Phase1(Task):
         super().__init__()
         self.run, self.model, self.encoder, self.learns = run, run.model, encoder, learns
         self.r, self.layouts = encoder.r, ("encoder", "decoder" if segments else "latent")
-        self.weights = {"ce": 1.0, "entropy": 0.0}  # entropy near 0: the latents have collapsed
         if w_segment and "encoder" in learns:
-            self.weights["segment"] = w_segment
+            self.weights = {"ce": 1.0, "segment": w_segment}
         self.requires_grad_(False)
         for name in learns:
             for p in lora.adapter_parameters(self.model, name).values():
@@ -102,18 +101,17 @@ class Phase1(Task):
         encoder.latent_query.requires_grad_("encoder" in learns)
 
     def counts(self, examples):
-        latents = sum(num_latents(e, self.r) for e in examples)
         targets = sum(num_targets(self.layouts[1], e, self.r) for e in examples)
-        return {"ce": targets, "entropy": latents, "segment": latents}
+        return {"ce": targets, "segment": sum(num_latents(e, self.r) for e in examples)}
 
     def pack(self, examples, shape=None):
         return TwoLayouts(*(pack_examples(name, examples, self.r, shape) for name in self.layouts))
 
     def forward(self, rows):
-        enc, dec, E = rows.encoder, rows.decoder, self.model.embed_tokens.weight.detach()
+        enc, dec, parts = rows.encoder, rows.decoder, {}
+        E = self.model.embed_tokens.weight.detach()
         with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self.learns):
             probs, ids, h = self.encoder(enc)
-            parts = {"entropy": entropy(probs.detach()).sum()}
             if "segment" in self.weights:
                 parts["segment"] = segment_loss(h, E, enc.target_index, enc.targets)
         z = superpose(probs, ids, E)
@@ -153,7 +151,7 @@ def main():
     process = join(s.device)
     torch.manual_seed(s.seed)
     device = torch.device("cpu") if s.shard else process.device  # the layers are spread later
-    model, tokenizer, _ = load_model(s.model, device, base_dtype(process.device))
+    model, tokenizer, _ = load_model(s.model, device, process.dtype)
     examples = load_examples(s.data, tokenizer, process.say)
     for name in LEARNS["joint"]:
         lora.add_adapter(model, name, s.lora_rank, 2 * s.lora_rank, s.lora_dropout)

@@ -14,20 +14,22 @@ import torch
 
 from cache_latents import identity, read_cache
 from data import PackedBatch, load_examples, num_targets, pack_examples
-from latents import add_noise, concatenate, cross_entropy, gumbel_like, induce, superpose
-from lib.cli import parse
+from latents import add_noise, cross_entropy, gumbel_like, induce, superpose
+from lib.cli import parse, settings
+from lib.errors import UserError
 from lib.fast import kl_divergence
 from lib.run import join
-from load_hf_weights import base_dtype, load_model, resolve, save_checkpoint
+from load_hf_weights import Reasoning, load_model, resolve, save_checkpoint
 import lora
 from masks import RULES
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Settings(TrainingSettings):
-    phase1: str  # the phase 1 run that made the latents; the student starts from its decoder
-    cache: str  # the latents that its encoder made of --data (cache_latents.py)
+    cache: str  # the latents of --data (cache_latents.py)
+    phase1: str = ""  # the phase 1 run that made them; the student starts from its decoder
+    model: str = ""  # addition to the paper (MUX): the model to start from, without phase 1
     lr: float = 3e-4  # peak learning rate
     epochs: float = 50.0  # passes over the data
     w_ce: float = 1.0  # weight of the cross-entropy of </think> and answer
@@ -73,7 +75,7 @@ class Phase2(Task):
         return {"ce": targets, "kl": len(examples)}
 
     def pack(self, examples, shape=None):
-        probs, ids = concatenate([e.alpha for e in examples])
+        probs, ids = map(torch.cat, zip(*(e.alpha for e in examples)))
         sizes = torch.tensor([len(e.alpha[0]) for e in examples])
         weights = (1 / sizes).repeat_interleave(sizes)
         row = pack_examples("latent", examples, self.r, shape)
@@ -123,19 +125,23 @@ def main():
     process = join(s.device)
     torch.manual_seed(s.seed)
     device = torch.device("cpu") if s.shard else process.device  # the layers are spread later
-    dtype = torch.float32 if s.all_weights else base_dtype(process.device)
-    model, tokenizer, reasoning = load_model(s.phase1, device, dtype)
+    dtype = torch.float32 if s.all_weights else process.dtype
+    if bool(s.phase1) == bool(s.model):
+        raise UserError("name either --phase1 or --model")
+    start = s.phase1 or s.model
+    model, tokenizer, _ = load_model(start, device, dtype)
     examples = load_examples(s.data, tokenizer, process.say)
-    cached = read_cache(s.cache, identity(s.phase1, s.data, len(examples)))
+    made, cached = read_cache(s.cache, identity(s, len(examples)))
+    reasoning = Reasoning("latent", made["top_k"], made["compression"])
     for example, alpha in zip(examples, cached):
         example.alpha = alpha
-    source, facts = resolve(s.phase1)[0], {}
+    source, facts = resolve(start)[0], {}
     if not s.all_weights:
         source, facts = None, {"adapter": "student.safetensors"}
         lora.add_adapter(model, "student", s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
     run = make_runner(model, s, process, s.shard)
     task = Phase2(run, s, reasoning, tokenizer.end_think[0], source)
-    with run_directory(s, "train_phase2", s.phase1, reasoning, **facts) as out:
+    with run_directory(s, "train_phase2", start, reasoning, **facts) as out:
         train(task, examples, s, process, out)
 
 

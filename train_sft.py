@@ -8,18 +8,17 @@ The loss is the mean cross-entropy over the chain, </think> and the answer.
 
 import lib.errors  # noqa: F401  from here on an error is one line
 
-from dataclasses import dataclass
 
 from data import load_examples, num_targets, pack_examples
 from latents import cross_entropy
-from lib.cli import parse
+from lib.cli import parse, settings
 from lib.run import join
 from load_hf_weights import Reasoning, load_model, resolve, save_checkpoint
 from masks import RULES
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Settings(TrainingSettings):
     model: str  # checkpoint directory or run to start from
     no_chain: bool = False  # leave the chains out: the answer-only baseline

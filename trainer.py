@@ -5,7 +5,7 @@ dropout and noise it is the same for any split into ranks and packed rows (micro
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 import json
 import math
@@ -22,16 +22,15 @@ from tqdm import tqdm
 
 from attention import Runner
 from data import distribute, num_tokens, row_shape, to_device
+from lib.cli import settings
 from lib.errors import UserError
 from lib.files import file_hash, read_tensors, write_json, write_tensors, write_text
 from lib.run import barrier, output_directory
-from load_hf_weights import base_dtype
 
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.01)
-CLIP = 1.0  # the largest gradient norm
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TrainingSettings:
     data: str  # training .jsonl or .jsonl.gz: problem, cot, cot_answer
     out: str  # run directory; the same command goes on where it stopped
@@ -91,8 +90,7 @@ def make_runner(model, s, process, shard=False):
             fully_shard(module, ignored_params=set(model.parameters()) - layers)
     if on_gpu := process.device.type == "cuda":
         model.compile_layers()
-    dtype = base_dtype(process.device)
-    return Runner(model, on_gpu and not shard, s.checkpoint_activations, dtype)
+    return Runner(model, on_gpu and not shard, s.checkpoint_activations, process.dtype)
 
 
 @lru_cache(maxsize=2)
@@ -149,8 +147,6 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(self.learned.values(), **ADAMW, fused=fused)
         for p in self.learned.values():
             p.grad = torch.zeros_like(p)  # CUDA graphs reuse their memory: backward adds to it
-            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-            self.optimizer.state[p] = moments | {"step": torch.zeros((), device=p.device)}
         self.progress, self.builder = {"steps": 0, "seconds": 0.0}, ThreadPoolExecutor(1)
         self.ddp = task
         if process.world > 1:  # CUDA graphs must be recorded before DDP holds the gradients' nodes
@@ -217,31 +213,29 @@ class Trainer:
         loss = sum(task.weights[k] * x for k, x in means.items())
         rate = learning_rate(step, self.steps, s.lr, s.warmup)
         self.optimizer.param_groups[0]["lr"] = rate
-        norm = float(nn.utils.clip_grad_norm_(self.learned.values(), CLIP))
+        norm = float(nn.utils.clip_grad_norm_(self.learned.values(), 1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        if self.process.main and not math.isfinite(loss + norm):
+        if not math.isfinite(loss + norm):
             what = f"{self.out}: at step {step + 1} the loss is {loss:.4g}, its gradient {norm:.4g}"
             raise UserError(f"{what}; begin again in another --out with a smaller --lr")
         self.progress |= {"steps": step + 1, "loss": loss}
         tokens = sum(num_tokens(name, e, task.r) for e in examples for name in task.layouts)
-        speed = round(tokens / (time.time() - begin))
         line = {"step": step + 1, "loss": loss, **means, "lr": rate, "grad_norm": norm}
+        line["tokens_per_s"] = round(tokens / (time.time() - begin))
         if self.process.main:
             with open(self.out / "metrics.jsonl", "a") as file:
-                file.write(json.dumps(line | {"tokens_per_s": speed}) + "\n")
+                file.write(json.dumps(line) + "\n")
 
     def announce(self, first):
         """Says what is trained on what. Drops metrics behind the state from which a run goes on."""
         learned, path = sum(p.numel() for p in self.learned.values()), self.out / "metrics.jsonl"
         what = f"{learned:,} parameters learn from {len(self.examples)} examples of {self.s.data}"
-        where = (
-            f"steps {first + 1} to {self.steps}, on {self.process.world} x {self.process.device}"
-        )
-        self.process.say(f"{self.out}: {what}, {where}")
+        where = f"on {self.process.world} x {self.process.device}"
+        self.process.say(f"{self.out}: {what}, steps {first + 1} to {self.steps}, {where}")
         if self.process.main:
-            lines = path.read_text().splitlines() if path.exists() else []
-            write_text(path, "".join(line + "\n" for line in lines[:first]))
+            lines = path.read_text().splitlines(True) if path.exists() else []
+            write_text(path, "".join(lines[:first]))
 
     def state(self):
         """{name: tensor} of what learns, and of the optimizer."""
@@ -254,8 +248,10 @@ class Trainer:
     def load(self):
         path = self.out / "resume.safetensors"
         tensors, self.progress = read_tensors(path, self.process.device)
-        for key, x in self.state().items():
-            x.copy_(tensors[key])
+        for name, p in self.learned.items():
+            p.data.copy_(tensors[f"parameter/{name}"])
+            state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = state
 
     def finish(self, out):
         """Writes a model: the last one, or one on the way."""

@@ -36,7 +36,6 @@ from lib.run import Process, join  # noqa: E402
 from lib.tokenizer import Tokenizer  # noqa: E402
 from load_hf_weights import (  # noqa: E402
     Reasoning,
-    base_dtype,
     hf_name,
     load_checkpoint,
     read_config,
@@ -122,10 +121,10 @@ def flops(config, phase: int, examples, args) -> float:
 
 def base_model(args, device) -> Model:
     if not args.shape:
-        return load_checkpoint(args.model, device, base_dtype(device))
+        return load_checkpoint(args.model, device, Process(0, 1, device).dtype)
     with torch.device("meta"):
         model = Model(args.config)
-    model = model.to_empty(device=device).to(base_dtype(device))
+    model = model.to_empty(device=device).to(Process(0, 1, device).dtype)
     model.rope_frequencies = rotary_frequencies(args.config).to(device)
     generator = torch.Generator(device).manual_seed(1)
     return initialize(model, generator, 0.02).requires_grad_(False)
@@ -192,7 +191,7 @@ def theirs(phase: int, batches, args, process):
     device, source = process.device, our_task(phase, args, process)
     named = source.model.named_parameters()
     weights = {hf_name(n): p for n, p in named if ".adapters." not in n}
-    dtype, rank = base_dtype(device), args.lora_rank
+    dtype, rank = Process(0, 1, device).dtype, args.lora_rank
     model = reference.build(args.directory, weights, ADAPTERS[phase], rank, dtype, device)
     adapters = {
         f"{key}.{name}.weight": p
@@ -382,7 +381,7 @@ def run(args, sizes, process, tokenizer) -> None:
     if len(examples) < wanted:
         sys.exit(f"{args.data}: has {len(examples)} examples, {wanted} are needed")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    rate = matmul_rate(device, base_dtype(device))
+    rate = matmul_rate(device, Process(0, 1, device).dtype)
     print(
         f"{name}, torch {torch.__version__}, {args.shape or args.model}, r = {args.compression}, "
         f"LoRA rank {args.lora_rank}, matrix products at {rate / 1e12:.3g} TFLOP/s"

@@ -9,18 +9,16 @@ step: `a3b6d1`. Without steps a small model cannot compose 5 to 8 permutations; 
 
 import lib.errors  # noqa: F401  from here on an error is one line
 
-from dataclasses import dataclass
-import json
-from pathlib import Path
+from functools import partial
 import random
 
 import torch
 
-from experiments.figures import draw_latents, draw_masks
-from experiments.pipeline import Pipeline, RunSettings
+from experiments.figures import draw_masks
+from experiments.pipeline import Pipeline, RunSettings, distinct, write_jsonl
 from experiments.report import report
-from lib.cli import parse
-from lib.files import read_jsonl, write_json, write_tensors, write_text
+from lib.cli import parse, settings
+from lib.files import write_json, write_tensors
 from lib.run import output_directory
 from lib.tokenizer import END_THINK, THINK, byte_alphabet
 from load_hf_weights import hf_name, read_config
@@ -49,12 +47,13 @@ PHASE2 = dict(batch_size=128, lr=5e-3, max_steps=500, **LORA)
 EVAL = dict(temperature=0, max_latents=20, max_new_tokens=40, batch_size=250)
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class Settings(RunSettings):
     device: str = "cpu"  # cpu or cuda; the model is small
+    train: tuple[str, ...] = ("answer-only", "latent")  # what, besides CoT-SFT; or mux
 
 
-def make_example(rng: random.Random, buttons: dict[str, list[int]]) -> dict:
+def make_example(rng, buttons):
     """One line of the task, in the schema of training and of evaluation data."""
     state = rng.randrange(10)
     problem, chain = str(state), ""
@@ -66,21 +65,16 @@ def make_example(rng: random.Random, buttons: dict[str, list[int]]) -> dict:
     return {"problem": problem + "=", "cot": chain, "cot_answer": box, "answer": str(state)}
 
 
-def write_task(out: Path, seed: int) -> None:
+def write_task(out, seed):
     """train and test .jsonl: 20,000 and 500 different problems about one machine."""
-    rng, seen = random.Random(seed), set()
-    buttons = {name: rng.sample(range(10), 10) for name in "abcd"}
-    for name, count in (("train", 20000), ("test", 500)):
-        lines = []
-        while len(lines) < count:
-            example = make_example(rng, buttons)
-            if example["problem"] not in seen:
-                seen.add(example["problem"])
-                lines.append(json.dumps(example) + "\n")
-        write_text(out / f"{name}.jsonl", "".join(lines))
+    rng = random.Random(seed)
+    make = partial(make_example, rng, {name: rng.sample(range(10), 10) for name in "abcd"})
+    train = distinct(20000, make)
+    write_jsonl(out / "train.jsonl", train.values())
+    write_jsonl(out / "test.jsonl", distinct(500, make, known=train).values())
 
 
-def write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory):
     """Byte-level BPE: the 256 bytes, the word "boxed", and three special tokens."""
     vocab = {c: i for i, c in enumerate(byte_alphabet())}
     merges = ["b o", "bo x", "box e", "boxe d"]
@@ -108,7 +102,7 @@ def initialize(model, generator, std):
     return model
 
 
-def write_model(directory: Path, seed: int) -> None:
+def write_model(directory, seed):
     """A checkpoint directory with random weights."""
     write_tokenizer(directory)
     write_json(directory / "config.json", CONFIG)
@@ -118,34 +112,18 @@ def write_model(directory: Path, seed: int) -> None:
     write_tensors(directory / "model.safetensors", weights)
 
 
-def draw(out: Path, r: int) -> None:
-    """masks.svg of a short example, and latents.svg of a short test problem that came out right."""
-    parts = [["4", "a", "b", "d", "=", THINK], list("a3b6d1"), [END_THINK], ["1"]]
-    draw_masks(out / "masks.svg", parts, r)
-    pairs = zip(
-        read_jsonl(out / "test.jsonl"),
-        read_jsonl(out / f"eval-latent-r{r}-test" / "test.free.jsonl"),
-    )
-    problem, line = min(pairs, key=lambda x: (not x[1]["correct"], len(x[0]["cot"])))
-    chain = [problem["cot"][i : i + r] for i in range(0, len(problem["cot"]), r)]
-    draw_latents(out / "latents.svg", line["problem"], chain, line["latents"], line["answer"])
-
-
 def main():
     s = parse(Settings, __doc__)
     with output_directory(s.out, s) as out:
         if not (out / "base" / "model.safetensors").exists():
             write_task(out, s.seed)
             write_model(out / "base", s.seed)
-        run, tests = Pipeline("demo", out, s), [out / "test.jsonl"]
-        data = {"data": out / "train.jsonl"}
-        cot = run.baselines(SFT | data | {"model": out / "base"}, tests, EVAL)
-        for r in s.rates:
-            phase1 = PHASE1 | {"compression": r}
-            latent = run.latent(f"latent-r{r}", cot, phase1=phase1, phase2=PHASE2, **data)
-            run.rows(f"Latent r = {r}", latent, tests, ("free", "random"), **EVAL)
-        draw(out, s.rates[0])
-        print(f"\n{report(out)}\n{out}/masks.svg, latents.svg, demo.svg, table.md")
+        sft = SFT | {"model": out / "base"}
+        run, arms = Pipeline("demo", out, s, EVAL), ("free", "random")
+        run.run(out / "train.jsonl", [out / "test.jsonl"], sft, PHASE1, PHASE2, arms)
+        parts = [["4", "a", "b", "d", "=", THINK], list("a3b6d1"), [END_THINK], ["1"]]
+        draw_masks(out / "masks.svg", parts, s.rates[0])
+        print(f"\n{report(out)}\n{out}/masks.svg, demo.svg, table.md")
 
 
 if __name__ == "__main__":

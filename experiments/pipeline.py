@@ -1,6 +1,6 @@
 """Runs the project's scripts one after another. A stopped pipeline goes on where it was."""
 
-from dataclasses import dataclass
+from itertools import product
 import json
 from pathlib import Path
 import signal
@@ -10,26 +10,46 @@ import time
 
 import torch
 
-from lib.files import read_json, write_json
+from lib.cli import settings
+from lib.files import read_json, write_json, write_text
 
-BOTH = dict(lr=5e-4, batch_size=128, row_tokens=17408)  # of all trainings of SmolLM2-135M
+SFT = dict(lr=5e-4, batch_size=128, row_tokens=17408)  # all trainings of SmolLM2-135M
+PHASE1 = SFT | dict(warmup=0.1, w_segment=1)
+PHASE2 = SFT | dict(all_weights=True, scheduled_sampling=0.5)
 ARMS = ("free", "random", "other", "argmax", "cut-4")
+KINDS = {"latent": "Latent", "mux": "MUX"}
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class RunSettings:
     out: str = "demo"  # directory of everything that is made
     rates: tuple[int, ...] = (2,)  # compression rates
+    train: tuple[str, ...] = ("answer-only", "latent", "mux")  # what, besides CoT-SFT
+    rho: float = 0.5  # of mux, the one-stage baseline: its --multiplex
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
     smoke: bool = False  # two steps of everything on a few lines, to see that it runs
 
 
-@dataclass(frozen=True, kw_only=True)
+@settings
 class TaskSettings(RunSettings):
     model: str  # checkpoint directory to start from
     data: str  # directory of the data files
+
+
+def distinct(count, make, known=()):
+    """`count` lines of make(): a dictionary for each problem, none of them in `known`."""
+    lines = {}
+    while len(lines) < count:
+        line = make()
+        if line["problem"] not in known:
+            lines[line["problem"]] = line
+    return lines
+
+
+def write_jsonl(path, lines):
+    write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def flags(**settings):
@@ -50,72 +70,87 @@ def call(script, **settings):
 
 
 class Pipeline:
-    """One seed of one task in the directory `out`."""
+    """One seed of one task in the directory `out`. `evaluation`: settings of eval.py."""
 
-    def __init__(self, task, out, s):
-        self.task, self.out, self.s, self.begin = task, out, s, time.time()
+    def __init__(self, task, out, s, evaluation):
+        self.task, self.out, self.s = task, out, s
+        smaller = {"max_latents": 4, "max_new_tokens": 4} if s.smoke else {}
+        self.evaluation, self.results = evaluation | smaller, []
 
-    def stage(self, script, name, **settings) -> Path:
+    def stage(self, script, name, **settings):
         """Runs a script that writes out/name, or goes on with what is there. Returns the path."""
-        print(f"\n[{time.time() - self.begin:4.0f} s] {name}: {script}", flush=True)
+        print(f"\n{time.strftime('%H:%M:%S')} {name}: {script}", flush=True)
         call(script, out=self.out / name, device=self.s.device, **settings)
         return self.out / name
 
-    def train(self, script, name, **settings) -> Path:
+    def train(self, script, name, **settings):
         settings |= {"max_steps": 2, "batch_size": 4} if self.s.smoke else {}
         return self.stage(script, name, seed=self.s.seed, **settings)
 
-    def latent(self, name, cot, phase1, phase2, **data) -> Path:
-        """Phase 1, the latent cache and phase 2 from the CoT-SFT model `cot`."""
-        one = self.train("train_phase1.py", f"{name}-phase1", model=cot, **phase1, **data)
-        cache = self.stage("cache_latents.py", f"{name}-cache", phase1=one, data=data["data"])
-        return self.train("train_phase2.py", name, phase1=one, cache=cache, **phase2, **data)
+    def copy(self, name):
+        """The file `name` of --data, in `out`. Smoke mode takes four lines of it."""
+        lines = (Path(self.s.data) / name).read_text().splitlines(True)
+        write_text(self.out / name, "".join(lines[: 4 if self.s.smoke else None]))
+        return self.out / name
 
-    def baselines(self, sft, tests, evaluation) -> Path:
-        """CoT-SFT and answer-only with their rows. Returns the CoT-SFT run."""
-        cot = self.train("train_sft.py", "cot", **sft)
-        self.rows("CoT-SFT", cot, tests, **evaluation)
-        direct = self.train("train_sft.py", "answer-only", no_chain=True, **sft)
-        self.rows("answer-only", direct, tests, **evaluation)
-        return cot
+    def run(self, data, tests, sft, phase1, phase2, arms=ARMS, valid=None):
+        """Trains and tests everything. `data` is the training file.
 
-    def evaluate(self, run, tests, arms=("free",), **settings) -> dict:
+        Of the models along a run the best one on the file `valid` is tested; without it, all are.
+        """
+        cot = self.train("train_sft.py", "cot", data=data, **sft)
+        self.rows("CoT-SFT", cot, tests)
+        if "answer-only" in self.s.train:
+            direct = self.train("train_sft.py", "answer-only", data=data, no_chain=True, **sft)
+            self.rows("answer-only", direct, tests)
+        for r, kind in product(self.s.rates, [k for k in self.s.train if k in KINDS]):
+            name, row, files = f"{kind}-r{r}", f"{KINDS[kind]} r = {r}", {"data": data}
+            if kind == "latent":
+                start = phase1 | files | {"model": cot, "compression": r}
+                files["phase1"] = self.train("train_phase1.py", f"{name}-phase1", **start)
+                how = {}
+            else:
+                files["model"], how = cot, {"multiplex": self.s.rho, "compression": r}
+            cache = self.stage("cache_latents.py", f"{name}-cache", **files, **how)
+            run = self.train("train_phase2.py", name, cache=cache, **files, **phase2)
+            kept = sorted(run.glob("step-*"), key=lambda x: int(x.name[5:]))
+            if valid:
+                run = self.best([run, *kept], valid)
+            for model in () if valid else kept:
+                self.rows(f"{row}, {model.name}", model, tests[:1])
+            self.rows(row, run, tests, arms)
+
+    def evaluate(self, run, tests, arms=("free",)):
         """{"<file>.<arm>": summary} of a run."""
-        settings |= {"max_latents": 4, "max_new_tokens": 4} if self.s.smoke else {}
         name = f"eval-{run.relative_to(self.out)}-{tests[0].stem}".replace("/", "-")
-        settings |= {"model": run, "data": tests, "arms": arms}
+        settings = self.evaluation | {"model": run, "data": tests, "arms": arms}
         return read_json(self.stage("eval.py", name, **settings) / "summary.json")
 
-    def best(self, run, valid, **settings) -> Path:
-        """The model along the run that is right most often on the file `valid`."""
-        models = [run, *sorted(run.glob("step-*"))]
-        found = [self.evaluate(m, [valid], **settings)[f"{valid.stem}.free"] for m in models]
-        return max(zip(models, found), key=lambda x: x[1]["accuracy"])[0]
+    def best(self, models, valid):
+        """The model that is right most often on the file `valid`."""
+        right = [self.evaluate(m, [valid])[f"{valid.stem}.free"]["accuracy"] for m in models]
+        return models[right.index(max(right))]
 
-    def rows(self, name, run, tests, arms=("free",), **settings) -> None:
+    def rows(self, name, run, tests, arms=("free",)):
         """Evaluates a run and adds its rows to out/results.json. The first ones are CoT-SFT's."""
-        parts = [run / "finished.json", run.with_name(f"{run.name}-phase1") / "joint/finished.json"]
-        finished = [read_json(part) for part in parts if part.exists()]
+        of_run = run if run.parent == self.out else run.parent  # a kept model lies in its run
+        phase1 = of_run.with_name(f"{of_run.name}-phase1").glob("*/finished.json")
+        last, *others = (read_json(part) for part in (run / "finished.json", *phase1))
         on_gpu = torch.cuda.is_available() and self.s.device != "cpu"
         made = {
             "seed": self.s.seed,
-            "steps": finished[0]["steps"],
+            "steps": last["steps"],
+            "loss": round(last["loss"], 4),
             "gpu": torch.cuda.get_device_name() if on_gpu else "CPU",
-            "minutes": round(sum(x["seconds"] for x in finished) / 60, 1),
+            "minutes": round(sum(x["seconds"] for x in (last, *others)) / 60, 1),
             "command": f"python -m experiments.{Path(sys.argv[0]).stem} {' '.join(sys.argv[1:])}",
         }
-        path = self.out / "results.json"
-        rows = (
-            {(r["row"], r["test"]): r for r in json.loads(path.read_text())}
-            if path.exists()
-            else {}
-        )
-        for key, x in self.evaluate(run, tests, arms, **settings).items():
+        for key, x in self.evaluate(run, tests, arms).items():
             test, arm = key.rsplit(".", 1)
             row = {"task": self.task, "row": name if arm == "free" else f"{name}, {arm}"}
-            row |= {"test": test, **{k: round(x[k], 1) for k in ("accuracy", "interval")}}
-            row["chain_length"] = x["chain_length"]
-            rows[row["row"], test] = row
-            written = rows.get(("CoT-SFT", test), row)["chain_length"]
-            row |= {"share": round(x["chain_length"] / written, 2) if written else 0.0} | made
-        write_json(path, [*rows.values()])
+            row |= {"test": test, "chain_length": x["chain_length"]}
+            row |= {k: round(x[k], 1) for k in ("accuracy", "interval")} | made
+            self.results.append(row)
+            written = next(r["chain_length"] for r in self.results if r["test"] == test)
+            row["share"] = round(x["chain_length"] / (written or 1), 2)
+        write_json(self.out / "results.json", self.results)

@@ -2,31 +2,20 @@
 
     python -m experiments.report                     # results/table.md, results/<task>.svg
 
-A picture for each task: accuracy over the share of the written chain.
+Pictures for each task: accuracy over the share of the written chain. Where models were kept on the
+way, accuracy and loss over the steps of phase 2.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line
 
-from dataclasses import dataclass
 import json
 from pathlib import Path
 
 from experiments.figures import draw_points
-from lib.cli import parse
 from lib.files import reading, write_text
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    directory: str = "results"  # holds results.json, gets table.md and the pictures
-
-
-def table(head, rows):
-    """A table in Markdown."""
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, ["---"] * len(head), *rows))
-
-
-def report(directory) -> str:
+def report(directory):
     """Writes table.md and the pictures into the directory of results.json. Returns the table."""
     parts = []
     with reading(directory / "results.json"):
@@ -41,18 +30,21 @@ def report(directory) -> str:
             line[row["test"]] = f"{row['accuracy']:.1f} ± {row['interval']:.1f}"
         head = [*tests, "#L", "share", "command"]
         cells = [[*key[:2], *(x.get(c, "") for c in head)] for key, x in lines.items()]
-        parts.append(table([task, "seed", *head], cells))
-        plain = [row for row in of_task if row["test"] == tests[0] and "," not in row["row"]]
-        points = [(x["row"], x["share"], x["accuracy"], x["interval"]) for x in plain]
-        label = f"accuracy on {tests[0]}, %"
-        draw_points(directory / f"{task}.svg", points, "share of the written chain", label)
+        cells = [[task, "seed", *head], ["---"] * (len(head) + 2), *cells]
+        parts.append("".join(f"| {' | '.join(line)} |\n" for line in cells))
+        first = [
+            (row["row"].partition(", step-")[0], row) for row in of_task if row["test"] == tests[0]
+        ]
+        plain = [(name, row) for name, row in first if "," not in row["row"]]
+        kept = {name for name, row in first if name != row["row"]}
+        curves = [(name, row) for name, row in first if name in kept]
+        draw_points(directory / f"{task}.svg", plain, "share", "accuracy")
+        if curves:
+            draw_points(directory / f"{task}-steps.svg", curves, "steps", "accuracy", "o-")
+            draw_points(directory / f"{task}-loss.svg", curves, "steps", "loss", "o-")
     write_text(directory / "table.md", "\n".join(parts))
     return "\n".join(parts)
 
 
-def main():
-    print(report(Path(parse(Settings, __doc__).directory)))
-
-
 if __name__ == "__main__":
-    main()
+    print(report(Path("results")))

@@ -1,11 +1,13 @@
-"""A command line made from a dataclass. A field's comment is the help text of its flag."""
+"""A command line made from a class of settings. A field's comment is the help text of its flag."""
 
 import argparse
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, dataclass, fields
 import inspect
 import math
 import re
 from typing import get_args
+
+settings = dataclass(frozen=True, kw_only=True)  # decorates a class of settings
 
 
 def number(kind):
@@ -21,26 +23,26 @@ def number(kind):
     return convert
 
 
-def comments(settings):
-    """The comment behind each field of a dataclass, its base classes included."""
-    source = "".join(inspect.getsource(cls) for cls in settings.__mro__[-2::-1])
+def comments(cls):
+    """The comment behind each field of a class of settings, its base classes included."""
+    source = "".join(inspect.getsource(base) for base in cls.__mro__[-2::-1])
     found = re.findall(r"^    (\w+):.*?#\s(.*)$", source, re.M)
     return {name: text.replace("%", "%%") for name, text in found}
 
 
-def parse(settings, description):
-    """An instance of the dataclass `settings`, read from the command line."""
-    p, texts = argparse.ArgumentParser(description=description), comments(settings)
+def parse(cls, description):
+    """An instance of the settings `cls`, read from the command line."""
+    p, texts = argparse.ArgumentParser(description=description), comments(cls)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
-    for f in fields(settings):
+    for f in fields(cls):
         many, text = get_args(f.type), texts[f.name]
-        kind = many[0] if many else f.type  # a tuple takes several values
-        if kind is not bool and f.default not in (MISSING, ""):
-            text += f" (default: {str(f.default).strip('(),')})"
-        kind = number(kind) if kind in (int, float) else kind
-        value = {"type": kind, "nargs": "+" if many else None}
-        more = {"action": "store_true"} if kind is bool else value
-        more["required"] = f.default is MISSING
+        kind = many[0] if many else f.type  # tuple[...] takes several values
+        if kind is bool:
+            more = {"action": "store_true"}
+        else:
+            if f.default not in (MISSING, ""):
+                text += f" (default: {str(f.default).strip('(),')})"
+            kind = number(kind) if kind in (int, float) else kind
+            more = {"type": kind, "nargs": "+" if many else None, "required": f.default is MISSING}
         p.add_argument("--" + f.name.replace("_", "-"), help=text, default=f.default, **more)
-    values = vars(p.parse_args()).items()
-    return settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in values})
+    return cls(**vars(p.parse_args()))

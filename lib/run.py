@@ -30,6 +30,11 @@ class Process:
     def main(self):
         return self.rank == 0
 
+    @property
+    def dtype(self):
+        """Of a frozen base, and of arithmetic: bfloat16 on a GPU."""
+        return torch.bfloat16 if self.device.type == "cuda" else torch.float32
+
     def say(self, line):
         if self.main:
             print(line, flush=True)
@@ -42,7 +47,7 @@ class Process:
         return total.tolist()
 
 
-def join(device) -> Process:
+def join(device):
     """This process and its device; joins torchrun's process group if there is one.
 
     `device` is "cpu", "cuda", "cuda:N", or "" for a GPU if there is one.

@@ -9,7 +9,7 @@ import cache_latents
 from attention import Runner
 from data import load_examples, num_latents, pack_examples
 from experiments.pipeline import flags
-from load_hf_weights import load_model
+from load_hf_weights import Reasoning, load_model
 import train_phase1
 import train_phase2
 from train_phase1 import load_encoder
@@ -53,9 +53,9 @@ def test_cached_latents_are_those_of_phase1(command, checkpoint, data, tmp_path,
     assert len(list((tmp_path / "cache").glob("shard-*"))) == 6
     model, tokenizer, _ = load_model(checkpoint())
     encoder, examples = load_encoder(run, Runner(model)), load_examples(data, tokenizer)
-    cached = cache_latents.read_cache(
-        tmp_path / "cache", json.loads((tmp_path / "cache" / "cache.json").read_text())
-    )
+    expected = json.loads((tmp_path / "cache" / "cache.json").read_text())
+    found, cached = cache_latents.read_cache(tmp_path / "cache", expected)
+    assert found == expected and found["compression"] == 2 and found["top_k"] == k
     assert len(cached) == len(examples) == 40
     for example, (probs, ids) in zip(examples, cached):
         with torch.no_grad():
@@ -65,6 +65,42 @@ def test_cached_latents_are_those_of_phase1(command, checkpoint, data, tmp_path,
         assert (ids.shape[1] == 0 and k == 0) or (
             ids.dtype == torch.int32 and torch.equal(ids.long(), top)
         )
+
+
+def test_multiplexed_latents(command, checkpoint, data, tmp_path):
+    """alpha_j is proportional to rho^j, a token that occurs twice has both weights; phase 2 learns them."""
+    cache, r, rho = tmp_path / "cache", 3, 0.7
+    start = flags(model=checkpoint(), data=data, out=cache, multiplex=rho, compression=r)
+    assert command(cache_latents.main, *start)[0] == 0
+    _, tokenizer, _ = load_model(checkpoint())
+    examples = load_examples(data, tokenizer)
+    _, cached = cache_latents.read_cache(cache, {})
+    for example, (probs, ids) in zip(examples, cached, strict=True):
+        assert len(probs) == num_latents(example, r)
+        for n, alpha in enumerate(zip(probs.tolist(), ids.tolist())):
+            part = example.chain[n * r : (n + 1) * r]
+            total, found = sum(rho**j for j in range(len(part))), dict.fromkeys(part, 0.0)
+            for p, token in zip(*alpha):
+                assert token in part or p == 0
+                found[token] = max(p, found.get(token, 0))  # one entry for each token
+            for token in part:
+                both = sum(rho**j for j, other in enumerate(part) if other == token)
+                assert found[token] == pytest.approx(both / total, abs=1e-3)
+    out = tmp_path / "latent"
+    more = flags(model=checkpoint(), cache=cache, data=data, out=out, max_steps=4, lr=1e-2, **SMALL)
+    code, _, error = command(train_phase2.main, *more)
+    assert code == 0, error
+    first, *_, last = [
+        json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert 0 < last["kl"] < first["kl"]
+    assert load_model(out)[2] == Reasoning("latent", 10, r)
+    for main, *both in (
+        (train_phase2.main, *more, "--phase1", "x"),
+        (cache_latents.main, *start, "--phase1", "x"),
+    ):
+        code, _, error = command(main, *both)
+        assert code == 1 and "name either --phase1" in error
 
 
 def test_phase2_refuses_what_does_not_fit(command, checkpoint, data, run, tmp_path):

@@ -1,10 +1,12 @@
 """The smoke mode of the task files on a small random model: every stage runs, and rows come out."""
 
+import gzip
 import json
-
+import random
+import re
 from xml.dom import minidom
 
-from experiments import figures, gsm8k, multiplication, report
+from experiments import figures, gsm8k, multiplication, prosqa, report
 
 
 def test_gsm8k(command, checkpoint, data, tmp_path):
@@ -12,6 +14,8 @@ def test_gsm8k(command, checkpoint, data, tmp_path):
     source.mkdir()
     for name in ("gsm8k-train", "gsm8k-valid", *gsm8k.TESTS):
         (source / f"{name}.jsonl").write_text(data.read_text())
+    with gzip.open(source / "gsm8k-sub-train.jsonl.gz", "wt") as file:
+        file.write(data.read_text())
     flags = [
         "--model",
         checkpoint(),
@@ -22,20 +26,24 @@ def test_gsm8k(command, checkpoint, data, tmp_path):
         "--smoke",
         "--device",
         "cpu",
-        "--rates",
-        2,
+        "--train",
+        "answer-only",
+        "latent",
     ]
     code, _, error = command(gsm8k.main, *flags)
     assert code == 0, error
     rows = json.loads((out / "results.json").read_text())
-    assert [r["row"] for r in rows][:3] == ["CoT-SFT", "answer-only", "Latent r = 2"]
+    assert [*dict.fromkeys(r["row"] for r in rows)][:3] == [
+        "CoT-SFT",
+        "answer-only",
+        "Latent r = 2",
+    ]
     assert {"Latent r = 2, random", "Latent r = 2, cut-4"} <= {r["row"] for r in rows}
-    latent = rows[2]
+    latent = next(r for r in rows if r["row"] == "Latent r = 2")
     assert latent["test"] == "gsm8k-test" and latent["seed"] == 1 and latent["steps"] == 2
     assert latent["gpu"] == "CPU" and "--smoke" in latent["command"] and 0 <= latent["share"]
-    code, printed, error = command(report.main, "--directory", out)
-    assert code == 0, error
-    assert (out / "table.md").read_text() in printed
+    printed = report.report(out)
+    assert (out / "table.md").read_text() == printed
     assert (
         "| Latent r = 2 | 1 |" in (out / "table.md").read_text()
         and "<svg" in (out / "gsm8k.svg").read_text()
@@ -56,20 +64,65 @@ def test_multiplication(command, checkpoint, tmp_path):
     text = "".join(json.dumps(x) + "\n" for x in tests)
     (source / "multiplication-4x4-test.jsonl").write_text(text)
     flags = ["--model", checkpoint(), "--data", source, "--out", out, "--smoke", "--device", "cpu"]
-    code, _, error = command(multiplication.main, *flags)
+    code, _, error = command(multiplication.main, *flags, "--train", "latent")
     assert code == 0, error
     rows = [r["row"] for r in json.loads((out / "results.json").read_text())]
-    assert {"CoT-SFT", "answer-only", "Latent r = 2", "Latent r = 2, random"} <= set(rows)
+    assert {"CoT-SFT", "Latent r = 2, step-1", "Latent r = 2", "Latent r = 2, random"} <= set(rows)
     known = {x["problem"] for x in tests}
     made = [json.loads(x) for x in (out / "train.jsonl").read_text().splitlines()]
     assert len(made) == 16 and not known & {x["problem"] for x in made}
 
 
-def test_pictures_are_xml_whatever_tokens_hold(tmp_path):
-    odd = ["\x00", "\x1b[0m", "$x_{", "<&>", "\ufffe", "é"]
-    latents = [[[token, 0.5], ["b", 0.25]] for token in odd]
-    figures.draw_latents(tmp_path / "l.svg", "".join(odd), odd, latents, "\x07")
-    figures.draw_masks(tmp_path / "m.svg", [odd[:2], odd, ["</think>"], ["1"]], 2)
-    figures.draw_points(tmp_path / "p.svg", [("a $", 0.5, 10.0, 1.0)], "x", "y")
-    for name in "lmp":
+def test_prosqa(command, checkpoint, tmp_path):
+    """The right class descends from the person alone, the chain is a shortest path; and the smoke mode."""
+    people, classes = (
+        ["Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus"],
+        [f"{c}{d}pus" for c in "bdfgklmn" for d in "aeiou"],
+    )
+    rng, source = random.Random(1), tmp_path / "data"
+    lines = [prosqa.make_example(rng, people, classes) for _ in range(60)]
+    for row in lines:
+        edges = re.findall(r"(\w+) is a (\w+)\.", row["problem"])
+        person, *asked = re.search(r"Is (\w+) a (\w+) or (\w+)\?", row["problem"]).groups()
+        answer = row["cot_answer"][7:-1]
+
+        def distance(start, end, edges=edges):
+            seen, steps = {start}, 0
+            while end not in seen:
+                more = seen | {b for a, b in edges if a in seen}
+                if more == seen:
+                    return None
+                seen, steps = more, steps + 1
+            return steps
+
+        (wrong,) = {*asked} - {answer}
+        assert (
+            distance(person, answer) == row["cot"].count(".") >= 3
+            and distance(person, wrong) is None
+        )
+        others = [p for p in people if p != person and distance(p, wrong)]
+        assert others and any(distance(p, answer) is None for p in others)
+        steps = re.findall(r"(\w+) is a (\w+)\.", row["cot"])
+        assert steps[0][0] == person and steps[-1][1] == answer and {*steps} <= {*edges}
+        assert all(a[1] == b[0] for a, b in zip(steps, steps[1:]))
+    source.mkdir()
+    for name, some in (("valid", lines[:30]), ("test", lines[30:])):
+        text = "".join(json.dumps(x | {"answer": x["cot_answer"][7:-1]}) + "\n" for x in some)
+        (source / f"prosqa-{name}.jsonl").write_text(text)
+    out = tmp_path / "out"
+    flags = ["--model", checkpoint(), "--data", source, "--out", out, "--smoke", "--device", "cpu"]
+    code, _, error = command(prosqa.main, *flags, "--train", "mux")
+    assert code == 0, error
+    rows = [r["row"] for r in json.loads((out / "results.json").read_text())]
+    assert {"CoT-SFT", "MUX r = 2", "MUX r = 2, argmax"} <= {*rows}
+    made = [json.loads(x)["problem"] for x in (out / "train.jsonl").read_text().splitlines()]
+    assert len({*made}) == 16 and not {*made} & {x["problem"] for x in lines}
+
+
+def test_pictures_are_xml(tmp_path):
+    parts = [["2", "*"], list("<&>é"), ["</think>"], ["1"]]
+    figures.draw_masks(tmp_path / "m.svg", parts, 2)
+    row = {"test": "x", "share": 0.5, "accuracy": 10.0, "interval": 1.0}
+    figures.draw_points(tmp_path / "p.svg", [("a <", row)], "share", "accuracy")
+    for name in "mp":
         assert minidom.parse(str(tmp_path / f"{name}.svg")).documentElement.tagName == "svg"

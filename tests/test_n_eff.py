@@ -56,7 +56,7 @@ def test_n_eff_is_its_definition(checkpoint):
     hf = AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float64, attn_implementation="eager"
     )
-    end_think, k, run = [9, 8], 4, Runner(model)
+    k, run = 4, Runner(model)
     encoder = Encoder(run, 1, k)
     encoder.latent_query.data.normal_(0, 0.5)
     lora.add_adapter(
@@ -91,9 +91,7 @@ def test_n_eff_is_its_definition(checkpoint):
             torch.stack([torch.randperm(260)[:k] for _ in range(N)]),
         )
         found = n_eff.distributions(run, prompt, probs, ids)
-        value, chance = n_eff.n_eff(
-            encoder, prompt, chains, end_think, *found, np.random.default_rng(0)
-        )
+        value, chance = n_eff.n_eff(encoder, prompt, chains, *found, np.random.default_rng(0))
         assert value == pytest.approx(
             oracle_n_eff(hf, encode_spans, prompt, chains, list(zip(probs, ids))), rel=1e-4
         )

@@ -133,8 +133,11 @@ def test_phase1_loss(checkpoint, examples, kind, tied, r, k):
             for e in examples
         ]
     )
-    entropy = task(task.pack(examples))["entropy"].item() / task.counts(examples)["entropy"]
-    assert entropy == pytest.approx(-torch.xlogy(alphas, alphas).sum(-1).mean().item(), abs=1e-4)
+    probs = task.encoder(task.pack(examples).encoder)[0]
+    for found, wanted in zip(probs.double(), alphas, strict=True):
+        torch.testing.assert_close(
+            *(x.sort(descending=True)[0] for x in (found, wanted)), atol=1e-4, rtol=0
+        )
     expected.backward()
     torch.testing.assert_close(
         gradients["encoder.latent_query"].double(), query.grad, atol=1e-4, rtol=1e-3
@@ -431,7 +434,7 @@ def test_phase1_ranks(command, checkpoint, data, tmp_path, flags):
         one, two = (metrics(tmp_path / x / step) for x in ("one", "two"))
         assert len(one) == len(two) == 2
         for a, b in zip(one, two):
-            assert a.keys() == b.keys() >= {"step", "loss", "ce", "entropy", "lr", "grad_norm"}
+            assert a.keys() == b.keys() >= {"step", "loss", "ce", "lr", "grad_norm"}
             for key in a.keys() - {"tokens_per_s"}:
                 assert a[key] == pytest.approx(b[key], abs=1e-4)
 

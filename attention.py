@@ -22,9 +22,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.utils.rnn import pad_sequence
 
 from lora import project
-from masks import causal, earlier
-
-BLOCK = 128  # tokens: FlexAttention masks blocks of [BLOCK queries, BLOCK keys]
+from masks import BLOCK, causal, earlier
 
 
 class PackedAttention:

@@ -6,11 +6,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from attention import BLOCK
 from lib.errors import UserError
 from lib.files import read_jsonl, reading
 from lib.tokenizer import END_THINK, THINK
-from masks import ANSWER, LATENT, PROMPT, TEXT, Labels, dual_track_positions
+from masks import ANSWER, BLOCK, LATENT, PROMPT, TEXT, Labels, dual_track_positions
 
 
 @dataclass

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 PROMPT, TEXT, LATENT, ANSWER = 0, 1, 2, 3  # Q <think> | a chain token | L or Z | </think> A
+BLOCK = 128  # tokens: a GPU masks blocks of [BLOCK queries, BLOCK keys]
 
 
 @dataclass

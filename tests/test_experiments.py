@@ -9,45 +9,26 @@ from xml.dom import minidom
 from experiments import figures, gsm8k, multiplication, prosqa, report
 
 
+def smoke(command, main, model, source, out, *kinds):
+    """The rows that the smoke mode of a task makes."""
+    flags = ["--model", model, "--data", source, "--out", out, "--device", "cpu"]
+    code, _, error = command(main, *flags, "--smoke", "--train", *kinds)
+    assert code == 0, error
+    return json.loads((out / "results.json").read_text())
+
+
 def test_gsm8k(command, checkpoint, data, tmp_path):
-    source, out = tmp_path / "data", tmp_path / "out"
+    source = tmp_path / "data"
     source.mkdir()
     for name in ("gsm8k-train", "gsm8k-valid", *gsm8k.TESTS):
         (source / f"{name}.jsonl").write_text(data.read_text())
     with gzip.open(source / "gsm8k-sub-train.jsonl.gz", "wt") as file:
         file.write(data.read_text())
-    flags = [
-        "--model",
-        checkpoint(),
-        "--data",
-        source,
-        "--out",
-        out,
-        "--smoke",
-        "--device",
-        "cpu",
-        "--train",
-        "answer-only",
-        "latent",
+    rows = smoke(command, gsm8k.main, checkpoint(), source, tmp_path / "out", "answer-only")
+    assert [(r["row"], r["test"]) for r in rows] == [
+        (row, test) for row in ("CoT-SFT", "answer-only") for test in gsm8k.TESTS
     ]
-    code, _, error = command(gsm8k.main, *flags)
-    assert code == 0, error
-    rows = json.loads((out / "results.json").read_text())
-    assert [*dict.fromkeys(r["row"] for r in rows)][:3] == [
-        "CoT-SFT",
-        "answer-only",
-        "Latent r = 2",
-    ]
-    assert {"Latent r = 2, random", "Latent r = 2, cut-4"} <= {r["row"] for r in rows}
-    latent = next(r for r in rows if r["row"] == "Latent r = 2")
-    assert latent["test"] == "gsm8k-test" and latent["seed"] == 1 and latent["steps"] == 2
-    assert latent["gpu"] == "CPU" and "--smoke" in latent["command"] and 0 <= latent["share"]
-    printed = report.report(out)
-    assert (out / "table.md").read_text() == printed
-    assert (
-        "| Latent r = 2 | 1 |" in (out / "table.md").read_text()
-        and "<svg" in (out / "gsm8k.svg").read_text()
-    )
+    assert len((tmp_path / "out" / "gsm8k-train.jsonl").read_text().splitlines()) == 16
 
 
 def test_multiplication(command, checkpoint, tmp_path):
@@ -63,11 +44,23 @@ def test_multiplication(command, checkpoint, tmp_path):
     tests = [multiplication.line(1234 + i, 5678 + i, 4) for i in range(6)]
     text = "".join(json.dumps(x) + "\n" for x in tests)
     (source / "multiplication-4x4-test.jsonl").write_text(text)
-    flags = ["--model", checkpoint(), "--data", source, "--out", out, "--smoke", "--device", "cpu"]
-    code, _, error = command(multiplication.main, *flags, "--train", "latent")
-    assert code == 0, error
-    rows = [r["row"] for r in json.loads((out / "results.json").read_text())]
-    assert {"CoT-SFT", "Latent r = 2, step-1", "Latent r = 2", "Latent r = 2, random"} <= set(rows)
+    rows = smoke(command, multiplication.main, checkpoint(), source, out, "latent")
+    latent = next(r for r in rows if r["row"] == "Latent r = 2")
+    assert (
+        latent["test"] == "multiplication-4x4-test" and latent["seed"] == 1 and latent["steps"] == 2
+    )
+    assert latent["gpu"] == "CPU" and "--smoke" in latent["command"] and 0 <= latent["share"]
+    names = {r["row"] for r in rows}
+    assert {
+        "CoT-SFT",
+        "Latent r = 2, step-1",
+        "Latent r = 2, random",
+        "Latent r = 2, cut-4",
+    } <= names
+    table = report.report(out)
+    assert (out / "table.md").read_text() == table and "| Latent r = 2 | 1 |" in table
+    for name in ("", "-steps", "-loss"):
+        assert "<svg" in (out / f"multiplication-4x4{name}.svg").read_text()
     known = {x["problem"] for x in tests}
     made = [json.loads(x) for x in (out / "train.jsonl").read_text().splitlines()]
     assert len(made) == 16 and not known & {x["problem"] for x in made}
@@ -110,11 +103,8 @@ def test_prosqa(command, checkpoint, tmp_path):
         text = "".join(json.dumps(x | {"answer": x["cot_answer"][7:-1]}) + "\n" for x in some)
         (source / f"prosqa-{name}.jsonl").write_text(text)
     out = tmp_path / "out"
-    flags = ["--model", checkpoint(), "--data", source, "--out", out, "--smoke", "--device", "cpu"]
-    code, _, error = command(prosqa.main, *flags, "--train", "mux")
-    assert code == 0, error
-    rows = [r["row"] for r in json.loads((out / "results.json").read_text())]
-    assert {"CoT-SFT", "MUX r = 2", "MUX r = 2, argmax"} <= {*rows}
+    rows = smoke(command, prosqa.main, checkpoint(), source, out, "mux")
+    assert {"CoT-SFT", "MUX r = 2", "MUX r = 2, argmax"} <= {r["row"] for r in rows}
     made = [json.loads(x)["problem"] for x in (out / "train.jsonl").read_text().splitlines()]
     assert len({*made}) == 16 and not {*made} & {x["problem"] for x in lines}
 

@@ -1,10 +1,10 @@
-"""The latent cache: a phase 1 encoder run once over the training set.
+"""The latent cache: a phase 1 encoder run once over the training set, or MUX's fixed latents.
 
     python cache_latents.py --phase1 runs/phase1 --data train.jsonl --out runs/cache
     python cache_latents.py --multiplex 0.9 --model runs/cot --data train.jsonl --out runs/cache
 
 OUT/shard-00000.safetensors ... hold `probs` float16 [sum N, k], `ids` int32 [sum N, k] and `sizes`
-int64 [examples], the N of each example. OUT/cache.json is written last.
+int64 [examples], the N of each example (MUX: k is r). OUT/cache.json is written last.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line
@@ -33,9 +33,9 @@ class Settings:
     data: str  # the training file of phase 2
     out: str  # directory of the cache; the same command goes on where it stopped
     phase1: str = ""  # the phase 1 run whose encoder makes the latents
-    multiplex: float = 0.0  # addition to the paper (MUX): no encoder, token j weighs multiplex^j
-    model: str = ""  # with --multiplex: the model that phase 2 starts from
-    compression: int = 2  # with --multiplex: chain tokens per latent, r
+    model: str = ""  # addition to the paper (MUX): no encoder; phase 2 starts from this model
+    multiplex: float = 0.5  # with --model: token j of a segment weighs multiplex^j
+    compression: int = 2  # with --model: chain tokens per latent, r
     row_tokens: int = 8192  # tokens of a packed row
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
 
@@ -107,14 +107,15 @@ def read_cache(directory, expected):
 def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
-    if bool(s.phase1) == bool(s.multiplex):
-        raise UserError("name either --phase1, or --multiplex and --model")
+    if bool(s.phase1) == bool(s.model):
+        raise UserError("name either --phase1 or --model")
     start = finished_phase1(s.phase1)["start"] if s.phase1 else s.model
     model, tokenizer, _ = load_model(start, process.device, process.dtype)
     examples = load_examples(s.data, tokenizer, process.say)
     made_from = identity(s, len(examples))
-    if s.multiplex:
-        made_from |= {"compression": s.compression, "top_k": Reasoning.top_k}
+    if s.model:
+        # top_k is for inference: alpha has at most r tokens
+        made_from |= dict(compression=s.compression, multiplex=s.multiplex, top_k=Reasoning.top_k)
     else:
         if process.device.type == "cuda":
             model.compile_layers()
@@ -126,7 +127,7 @@ def main():
             path = out / f"shard-{number:05d}.safetensors"
             if not path.exists():
                 part = examples[number * SHARD : (number + 1) * SHARD]
-                if s.multiplex:
+                if s.model:
                     cached = [multiplexed(e, s.compression, s.multiplex) for e in part]
                 else:
                     cached = encode(encoder, part, s.row_tokens, process.device)

@@ -111,7 +111,7 @@ def num_tokens(name, e, r=1):
 
 
 def num_targets(name, e, r=1):
-    """How many tokens of a layout are targets: its chain tokens, </think> and the answer."""
+    """How many targets a layout but the encoder's has: chain tokens, </think> and the answer."""
     return num_tokens(name, e, r) - len(e.prompt) - num_latents(e, r) * (name != "cot")
 
 

@@ -85,7 +85,7 @@ def summarize(lines, samples):
     """Means over predictions, sorted by problem. Accuracy in %, with a 95% interval.
 
     pass@k: the share of problems that one of the k samples solves. chain_length is #L. compression
-    is #chain tokens / #L. seconds_per_problem counts sampling only.
+    is #chain tokens / #L. seconds_per_problem counts sampling only, of one sample.
     """
     columns = {key: np.array([line[key] for line in lines]) for key in MEANS}
     correct, lengths = columns["correct"].reshape(-1, samples), columns["chain_length"]
@@ -117,7 +117,6 @@ class Arm:
         if name.startswith("cut-"):
             s = replace(s, max_latents=min(int(name[4:]), s.max_latents))
         function = {"random": self.random_tokens, "other": self.of_others}.get(name)
-        self.thinking = reasoning.thinking
         self.sampler = Sampler(model, reasoning, ends, s, s.batch_size, function)
 
     def random_tokens(self, sequence, probs, ids):
@@ -150,7 +149,7 @@ class Arm:
     def prediction(self, problem, r):
         """A readable line about a sample r, a sample.Sequence, without its verdict."""
         decode, chain, answer = self.tokenizer.decode, [], r.tokens
-        if self.thinking == "text":
+        if self.sampler.thinking == "text":
             chain, answer = split_chain(r.tokens, self.tokenizer.end_think)
         top = [zip(probs[:5].tolist(), ids.tolist()) for probs, ids in r.latents]
         return {
@@ -200,10 +199,9 @@ def evaluate(arm, problems, path, process):
 def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
-    files = {Path(f).name.removesuffix(".gz").removesuffix(".jsonl"): f for f in s.data}
-    if len(files) < len(s.data):
+    problems = {re.sub(r"(\.jsonl)?(\.gz)?$", "", Path(f).name): load_problems(f) for f in s.data}
+    if len(problems) < len(s.data):
         raise UserError("--data: two files have the same name, which names their results")
-    problems = {name: load_problems(file) for name, file in files.items()}
     loaded = load_model(s.model, process.device, process.dtype)
     arms, summaries = [Arm(name, s, *loaded) for name in s.arms], {}
     weights = from_rank0(lambda: fingerprint(s.model))

@@ -25,9 +25,9 @@ def superpose(probs, ids, embedding):
 
 
 def induce(hidden_states, embedding, k):
-    """alpha of hidden states [n, hidden_size], the encoder's at each L: top_probs of h E^T.
+    """alpha of hidden states [n, hidden_size]: top_probs of h E^T, E an embedding or head.
 
-    Differentiable in the hidden states. The full logits only find the k ids; none is kept.
+    Differentiable in the hidden states. For k > 0 the full logits only find the k ids.
     """
     if k == 0:
         return top_probs(hidden_states @ embedding.T, 0)

@@ -20,7 +20,7 @@ class Labels:
     document: [T], which example, ascending.
     kind: [T], PROMPT, TEXT, LATENT or ANSWER.
     segment: [T]. Encoder: i for S_i and L_i. Decoder: i for Z_i and for S_{i+1}, which may see it.
-        Else 0.
+        Else 0, or unused.
     starts: [documents + 1], where each document begins, and T. Unused documents have length 0.
     longest: an int, at least the length of the longest document.
     """

@@ -26,7 +26,7 @@ from load_hf_weights import load_model
 
 PREFILL = 2**14  # tokens of prompts that are read at a time
 SHOWN = 10  # tokens of a full-vocabulary latent that a result keeps
-DONE, LATENT = -2, -1  # what a sequence reads next, if not a token
+DONE, THOUGHT = -2, -1  # what a sequence reads next, if not a token
 GREEDY = 1e-4  # below this temperature the most likely token is taken
 # With one sequence, reading weights dominates: tuned and merged kernels pay.
 ONE_ROW = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
@@ -65,7 +65,7 @@ class Sequence:
         self.latents, self.tokens, self.finished = [], [], False
 
     def advance(self, token, top, latent):
-        """What it reads next: a token, LATENT or DONE.
+        """What it reads next: a token, THOUGHT or DONE.
 
         The model would say `token`; `top` is the most likely one. It would think `latent`. Thinking
         ends where the first token of </think> is most likely, or at the budget.
@@ -73,7 +73,7 @@ class Sequence:
         p, stop = self.sampler.params, self.sampler.end_think[0]
         if self.thinking and top != stop and len(self.latents) < p.max_latents:
             self.latents.append(latent)
-            return LATENT
+            return THOUGHT
         self.thinking = False
         if self.closing:
             return self.closing.pop(0)
@@ -149,9 +149,9 @@ class Sampler:
         said, probs, ids = self.said.tolist(), self.probs.cpu().numpy(), self.ids.cpu().numpy()
         probs, ids = probs.copy(), ids.copy()
         for row, s in running.items():
-            latent = probs[row], ids[row]
+            latent = probs[row], ids[row]  # views: the sequence will have what replaces them
             reads[row] = s.advance(*said[row], latent)
-            if self.replace and reads[row] == LATENT:  # the one place where a latent is replaced
+            if self.replace and reads[row] == THOUGHT:  # the one place where a latent is replaced
                 probs[row], ids[row] = self.replace(s, *latent)
         if self.replace:
             alpha = (torch.from_numpy(x).to(self.device) for x in (probs, ids))
@@ -205,7 +205,7 @@ class Sampler:
     def _step(self):
         """Every row reads `token`: a token, the latent that it made last, or nothing."""
         x = self.model.embed_tokens(self.token.clamp(min=0))
-        x = torch.where((self.token == LATENT)[:, None], self.z, x)
+        x = torch.where((self.token == THOUGHT)[:, None], self.z, x)
         position_ids, attend = self.cache.lengths.clone(), self.cache.decode(self.token != DONE)
         self._look(self.model(x, position_ids, attend), self.rows)
 

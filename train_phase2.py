@@ -1,6 +1,9 @@
 """Phase 2: the student, phase 1's decoder, learns to make the cached latents by itself.
 
     python train_phase2.py --phase1 runs/phase1 --cache runs/cache --data train.jsonl --out latent
+    python train_phase2.py --model runs/cot --cache runs/cache --data train.jsonl --out mux
+
+The second form is MUX, an addition to the paper: there is no phase 1.
 
 Loss = w_ce * CE(</think> A) + w_kl * KL(alpha || q), q the softmax of the LM head at the position
 before each latent. KL is averaged over the latents of an example, then over examples.
@@ -99,8 +102,8 @@ class Phase2(Task):
     def with_own_latents(self, x, row, E):
         """x with the model's own latents in a random share of the examples. Targets stay.
 
-        Each is what inference would feed at its place, if it had read x so far. Where the model is
-        in doubt it is a mixture of several latents. No cached latent is.
+        Each is what inference would feed at its place, if it had read x so far (up to rounding).
+        Where the model is in doubt, its latent mixes several continuations. A cached one does not.
         """
         labels, index = row.labels, row.latent_index
         with torch.no_grad():
@@ -135,9 +138,9 @@ def main():
     reasoning = Reasoning("latent", made["top_k"], made["compression"])
     for example, alpha in zip(examples, cached):
         example.alpha = alpha
-    source, facts = resolve(start)[0], {}
+    source, facts = resolve(start)[0], {"multiplex": made.get("multiplex")}
     if not s.all_weights:
-        source, facts = None, {"adapter": "student.safetensors"}
+        source, facts["adapter"] = None, "student.safetensors"
         lora.add_adapter(model, "student", s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
     run = make_runner(model, s, process, s.shard)
     task = Phase2(run, s, reasoning, tokenizer.end_think[0], source)

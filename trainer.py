@@ -1,7 +1,7 @@
 """The training loop of CoT-SFT and of both phases, and what a thing to train must offer.
 
 The loss of a step is a sum over the whole batch divided by a count over the whole batch. Without
-dropout and noise it is the same for any split into ranks and packed rows (micro-batches).
+dropout, noise and scheduled sampling it is the same for any split into ranks and packed rows.
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -208,7 +208,9 @@ class Trainer:
     def step(self, step, examples, rows):
         """One optimizer step."""
         begin, s, task = time.time(), self.s, self.task
-        torch.manual_seed(hash((s.seed, step, self.process.rank)))  # dropout, noise: resumable
+        torch.manual_seed(
+            hash((s.seed, step, self.process.rank))
+        )  # of dropout, noise, ...: resumable
         means = self.backward(examples, rows)
         loss = sum(task.weights[k] * x for k, x in means.items())
         rate = learning_rate(step, self.steps, s.lr, s.warmup)
@@ -230,9 +232,11 @@ class Trainer:
     def announce(self, first):
         """Says what is trained on what. Drops metrics behind the state from which a run goes on."""
         learned, path = sum(p.numel() for p in self.learned.values()), self.out / "metrics.jsonl"
-        what = f"{learned:,} parameters learn from {len(self.examples)} examples of {self.s.data}"
-        where = f"on {self.process.world} x {self.process.device}"
-        self.process.say(f"{self.out}: {what}, steps {first + 1} to {self.steps}, {where}")
+        self.process.say(
+            f"{self.out}: {learned:,} parameters learn from {len(self.examples)} examples of "
+            f"{self.s.data}, steps {first + 1} to {self.steps}, on {self.process.world} x "
+            f"{self.process.device}"
+        )
         if self.process.main:
             lines = path.read_text().splitlines(True) if path.exists() else []
             write_text(path, "".join(lines[:first]))

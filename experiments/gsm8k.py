@@ -2,8 +2,8 @@
 
     python -m experiments.gsm8k --model SmolLM2-135M-Instruct --data DIR --out runs/gsm8k
 
-DIR holds gsm8k-train.jsonl, gsm8k-sub-train.jsonl.gz (variants with new numbers), gsm8k-valid.jsonl
-and the test files. The models of a run are chosen on gsm8k-valid. Writes OUT/results.json.
+DIR holds gsm8k-train.jsonl (taken three times), gsm8k-sub-train.jsonl.gz (variants with new
+numbers), gsm8k-valid.jsonl and the test files. Models are chosen on gsm8k-valid.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line

@@ -34,15 +34,15 @@ def random_line(rng, n):
 
 def line(a, b, n):
     """The line of JSONL for two numbers of n digits."""
-    text, total, steps = str(a)[::-1].ljust(n, "0"), 0, []
-    for i, digit in enumerate(str(b).zfill(n)[::-1]):
+    text, total, steps = str(a)[::-1], 0, []
+    for i, digit in enumerate(str(b)[::-1]):
         product = a * int(digit) * 10**i
         total += product
         steps.append(str(product).zfill(n + i + 1)[::-1])
         if 0 < i < n - 1:
             steps[-1] += f"({str(total).zfill(n + i + 1)[::-1]})"
     answer = str(total).zfill(2 * n)[::-1]
-    problem = f"{text}*{str(b)[::-1].ljust(n, '0')}"
+    problem = f"{text}*{str(b)[::-1]}"
     box = f"\\boxed{{{answer}}}"
     return {"problem": problem, "cot": "+".join(steps), "cot_answer": box, "answer": answer}
 

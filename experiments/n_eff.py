@@ -23,6 +23,7 @@ from data import Example, layout, pack, segments, text_field, to_device, written
 from experiments.pipeline import write_jsonl
 from latents import superpose
 from lib.cli import parse, settings
+from lib.errors import UserError
 from lib.files import read_json, read_jsonl, reading, write_json
 from lib.run import join, output_directory
 from load_hf_weights import load_model
@@ -143,6 +144,8 @@ def main():
     where = process.device, process.dtype
     model, tokenizer, reasoning = load_model(s.model, *where)
     phase1 = read_json(f"{s.model}/config.json")["phase1"]
+    if not (phase1 and reasoning.top_k):
+        raise UserError(f"{s.model}: N_eff needs an encoder, and latents with a top_k")
     base, _, _ = load_model(read_json(f"{phase1}/config.json")["start"], *where)
     models = load_encoder(phase1, Runner(base)), Runner(model.eval())
     ends = tokenizer.end_think, tokenizer.end_of_turn

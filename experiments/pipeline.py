@@ -103,7 +103,7 @@ class Pipeline:
         if "answer-only" in self.s.train:
             direct = self.train("train_sft.py", "answer-only", data=data, no_chain=True, **sft)
             self.rows("answer-only", direct, tests)
-        for r, kind in product(self.s.rates, [k for k in self.s.train if k in KINDS]):
+        for r, kind in product(self.s.rates, [k for k in self.s.train if k != "answer-only"]):
             name, row, files = f"{kind}-r{r}", f"{KINDS[kind]} r = {r}", {"data": data}
             if kind == "latent":
                 start = phase1 | files | {"model": cot, "compression": r}

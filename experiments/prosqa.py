@@ -1,4 +1,4 @@
-"""ProsQA (arXiv 2412.06769): the chain is a search in a graph, so a latent can hold branches.
+"""ProsQA (arXiv 2412.06769): finding the chain is a search, so a latent can hold branches.
 
     python -m experiments.prosqa --model SmolLM2-135M-Instruct --data DIR --out runs/prosqa
 
@@ -29,8 +29,8 @@ def draw(rng, chances):
 
 
 def make_graph(rng):
-    """The parents of each node, and for each of two people, nodes 0 and 1, {node: shortest path}
-    of the nodes that descend from them."""
+    """The parents of each node, and [{node: shortest path}, ...] of what descends from the two
+    people, nodes 0 and 1, and of nothing."""
     parents, depth, paths = [set(), set()], [0, 0], [{0: [0]}, {1: [1]}, {}]
     for node in range(2, round(rng.triangular(14, 28, 26))):
         banned = paths[draw(rng, {0: 0.35, 1: 0.35, 2: 0.3})]

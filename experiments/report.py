@@ -21,12 +21,13 @@ def report(directory):
     with reading(directory / "results.json"):
         rows = json.loads((directory / "results.json").read_text())
     for task in dict.fromkeys(row["task"] for row in rows):
+        # of the first test: #L, share and the pictures
         of_task, lines = [row for row in rows if row["task"] == task], {}
         tests = [*dict.fromkeys(row["test"] for row in of_task)]
         for row in of_task:
             key = row["row"], str(row["seed"]), f"`{row['command']}`"
-            line = lines.setdefault(key, {"#L": f"{row['chain_length']:.1f}"})
-            line |= {"share": f"{row['share']:.2f}", "command": key[2]}
+            line = {"#L": f"{row['chain_length']:.1f}", "share": f"{row['share']:.2f}"}
+            line = lines.setdefault(key, line | {"command": key[2]})
             line[row["test"]] = f"{row['accuracy']:.1f} ± {row['interval']:.1f}"
         head = [*tests, "#L", "share", "command"]
         cells = [[*key[:2], *(x.get(c, "") for c in head)] for key, x in lines.items()]

@@ -19,7 +19,7 @@ def precise(x):
 def zero_some(x, p):
     """x with each element zero with probability p: dropout without the factor 1 / (1 - p).
 
-    Hashes the element's index. PyTorch's random numbers take longer than all else on a GPU.
+    Hashes the element's index: faster than PyTorch's random numbers.
     """
     if not p:
         return x
@@ -60,7 +60,7 @@ class GradientOfB(torch.autograd.Function):
 
 
 def kl_of_logits(logits, probs, ids, weights):
-    """The sum for logits [n, V]."""
+    """KLDivergence for logits [n, V]."""
     x = precise(logits)
     log_q = (x.gather(-1, ids) if ids.shape[1] else x) - x.logsumexp(-1, keepdim=True)
     return (weights[:, None] * (torch.xlogy(probs, probs) - probs * log_q)).sum()

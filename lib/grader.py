@@ -43,15 +43,15 @@ def judge(gold, text, parse, verify):
 
     Integers are equal exactly, decimals within 1e-4 of the larger one.
     """
-    if (answer := boxed(text)) is not None:
-        a, b = number(gold), number(answer)
-        if answer.strip() == gold.strip():
-            return True
-        if None not in (a, b):
-            decimal = a.denominator * b.denominator > 1
-            return a == b or decimal and math.isclose(a, b, rel_tol=1e-4)
-        text = f"\\boxed{{{answer}}}"
     try:
+        if (answer := boxed(text)) is not None:
+            a, b = number(gold), number(answer)
+            if answer.strip() == gold.strip():
+                return True
+            if None not in (a, b):
+                decimal = a.denominator * b.denominator > 1
+                return a == b or decimal and math.isclose(a, b, rel_tol=1e-4)
+            text = f"\\boxed{{{answer}}}"
         found = [parse(x, parsing_timeout=None) for x in (f"\\boxed{{{gold}}}", text)]
         return bool(verify(*found, timeout_seconds=None))
     except Exception:

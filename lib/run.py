@@ -20,7 +20,7 @@ FREE = "out device data model phase1 cache save_every keep arms shard checkpoint
 
 @dataclass(frozen=True)
 class Process:
-    """This process among `world` others. `device` is its own."""
+    """This process, one of `world`. `device` is its own."""
 
     rank: int
     world: int

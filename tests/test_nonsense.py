@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from experiments import n_eff, report
+from experiments import n_eff
 
 SCRIPTS = "train_sft train_phase1 cache_latents train_phase2 sample eval load_hf_weights".split()
 LINE = {"problem": "1+1", "cot": "1+1=2", "cot_answer": "\\boxed{2}"}
@@ -55,7 +55,6 @@ def arguments(checkpoint, thinker, data, tmp_path):
     }
     found = {name: (importlib.import_module(name).main, needs[name]) for name in SCRIPTS}
     found["n_eff"] = n_eff.main, {"--model": thinker(), **file, **out}
-    found["report"] = report.main, {"--directory": tmp_path}
     return found
 
 
@@ -64,8 +63,7 @@ def kinds(good, tmp_path):
     plain = [str(x) for pair in good.items() for x in pair]
     for flags in FLAGS:
         yield flags, [*flags, *plain]
-    if len(good) > 1:  # report has a default for all
-        yield "nothing at all", []
+    yield "nothing at all", []
     for flag in good.keys() & {"--model", "--phase1", "--cache", "--data", "--directory"}:
         for name, content in PATHS.items():
             if name == "half a character" and flag != "--data":
@@ -82,7 +80,7 @@ def kinds(good, tmp_path):
         yield "half a gzip", [str(x) for p in (good | {"--data": path}).items() for x in p]
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS, "n_eff", "report"])
+@pytest.mark.parametrize("name", [*SCRIPTS, "n_eff"])
 def test_nonsense(command, arguments, tmp_path, name):
     main, good = arguments[name]
     count = 0

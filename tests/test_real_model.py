@@ -61,7 +61,6 @@ def train_file(tmp_path_factory) -> Path:
 
 
 def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
-    torch.set_num_threads(os.cpu_count())
     model, data = os.environ["LATENT_SFT_MODEL"], ["--data", train_file]
     settings = [*data, "--max-steps", 4, "--batch-size", 3, "--save-every", 100, "--device", "cpu"]
 
@@ -78,8 +77,8 @@ def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
         return tmp_path / out
 
     cot = trained(train_sft.main, "cot", "--model", model, "--lr", 1e-4)
-    lora = ["--lr", 1e-3, "--lora-rank", 16]
-    rates = ["--lr", 1e-3, 1e-3, 3e-4, "--lora-rank", 16]
+    small = ["--lora-rank", 16, "--lora-dropout", 0]
+    lora, rates = ["--lr", 1e-3, *small], ["--lr", 1e-3, 1e-3, 3e-4, *small]
     phase1 = trained(
         train_phase1.main, "phase1", "--model", cot, *rates, steps=("encoder", "decoder", "joint")
     )
@@ -141,7 +140,11 @@ def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
         6,
         12,
     )
-    assert [ids.tolist() for _, ids in result.latents] == [ids.tolist() for _, ids in thoughts]
+    assert len(result.latents) == len(thoughts)
+    for (ours_p, ours_ids), (p, ids) in zip(result.latents, thoughts):  # nearly equal ones may swap
+        assert ours_ids[0] == ids[0]
+        found, expected = dict(zip(ours_ids, ours_p)), dict(zip(ids.tolist(), p.tolist()))
+        assert found == pytest.approx(expected, abs=1e-3)
     assert result.tokens + [tokenizer.end_of_turn] * result.finished == answer
     text = hf.generate(
         torch.tensor([tokenizer.prompt("Hello")]), max_new_tokens=8, do_sample=False, pad_token_id=0

@@ -1,7 +1,7 @@
 """The latent cache: a phase 1 encoder run once over the training set, or MUX's fixed latents.
 
     python cache_latents.py --phase1 runs/phase1 --data train.jsonl --out runs/cache
-    python cache_latents.py --multiplex 0.9 --model runs/cot --data train.jsonl --out runs/cache
+    python cache_latents.py --model runs/cot --data train.jsonl --out runs/cache
 
 OUT/shard-00000.safetensors ... hold `probs` float16 [sum N, k], `ids` int32 [sum N, k] and `sizes`
 int64 [examples], the N of each example (MUX: k is r). OUT/cache.json is written last.
@@ -22,6 +22,7 @@ from lib.cli import parse, settings
 from lib.errors import UserError
 from lib.files import file_hash, read_json, read_tensors, write_json, write_tensors
 from lib.run import barrier, join, output_directory
+from lib.tokenizer import Tokenizer
 from load_hf_weights import Reasoning, fingerprint, load_model, resolve
 from train_phase1 import finished_phase1, load_encoder
 
@@ -40,10 +41,17 @@ class Settings:
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
 
 
+def start_of(s):
+    """What the student starts from: a phase 1 run, or a model."""
+    if bool(s.phase1) == bool(s.model):
+        raise UserError("name either --phase1 or --model")
+    return s.phase1 or s.model
+
+
 def identity(s, count):
     """What a cache depends on. Phase 2 compares it with what it is about to train on."""
     found = {"count": count, "data_hash": file_hash(s.data)}
-    found["tokenizer"] = file_hash(resolve(s.phase1 or s.model)[0] / "tokenizer.json")
+    found["tokenizer"] = file_hash(resolve(start_of(s))[0] / "tokenizer.json")
     if s.phase1:
         config = finished_phase1(s.phase1)
         file = Path(s.phase1) / config["steps"][-1] / "encoder.safetensors"
@@ -107,19 +115,18 @@ def read_cache(directory, expected):
 def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
-    if bool(s.phase1) == bool(s.model):
-        raise UserError("name either --phase1 or --model")
-    start = finished_phase1(s.phase1)["start"] if s.phase1 else s.model
-    model, tokenizer, _ = load_model(start, process.device, process.dtype)
-    examples = load_examples(s.data, tokenizer, process.say)
-    made_from = identity(s, len(examples))
-    if s.model:
-        # top_k is for inference: alpha has at most r tokens
-        made_from |= dict(compression=s.compression, multiplex=s.multiplex, top_k=Reasoning.top_k)
+    start = start_of(s)
+    if s.model:  # top_k is for inference: alpha has at most r tokens
+        tokenizer = Tokenizer(resolve(start)[0])
+        how = dict(compression=s.compression, multiplex=s.multiplex, top_k=Reasoning.top_k)
     else:
+        config, how = finished_phase1(start), {}
+        model, tokenizer, _ = load_model(config["start"], process.device, process.dtype)
         if process.device.type == "cuda":
             model.compile_layers()
-        encoder = load_encoder(s.phase1, Runner(model))
+        encoder = load_encoder(start, Runner(model))
+    examples = load_examples(s.data, tokenizer, process.say)
+    made_from = identity(s, len(examples)) | how
     with output_directory(s.out, s, **made_from) as out:
         process.say(f"{out}: latents of {len(examples)} examples, on {process.device}")
         numbers = range(process.rank, -(-len(examples) // SHARD), process.world)

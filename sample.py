@@ -164,7 +164,7 @@ class Sampler:
 
         What is there from before is kept if it will do.
         """
-        p, device, model, V = self.params, self.device, self.model, len(self.model.head)
+        p, device, model = self.params, self.device, self.model
         longest = max(map(len, prompts)) + p.max_latents + len(self.end_think) + p.max_new_tokens
         length = -(-longest // BLOCK) * BLOCK
         B = min(self.batch_size or 1, len(prompts))
@@ -177,9 +177,9 @@ class Sampler:
         self.rows, self.token = torch.arange(B, device=device), whole(B) + DONE
         self.said = whole(B, 2)  # the token that each would say, and its most likely one
         self.uniform = zeros(B, length)  # a random number for each position
-        k = self.k or min(SHOWN, V)
+        k = self.k or min(SHOWN, len(model.head))
         self.probs, self.ids = zeros(B, k), whole(B, k)
-        self.z = self.model.head.new_zeros(B, model.config.hidden_size)  # what they would think
+        self.z = model.head.new_zeros(B, model.config.hidden_size)  # what they would think
         self.step = self._step
         if device.type == "cuda":
             model.compile_layers(**(ONE_ROW if B == 1 else {}))
@@ -204,7 +204,7 @@ class Sampler:
 
     def _step(self):
         """Every row reads `token`: a token, the latent that it made last, or nothing."""
-        x = self.model.embed_tokens(self.token.clamp(min=0))
+        x = self.model.embed_tokens(self.token.clamp(0))
         x = torch.where((self.token == THOUGHT)[:, None], self.z, x)
         position_ids, attend = self.cache.lengths.clone(), self.cache.decode(self.token != DONE)
         self._look(self.model(x, position_ids, attend), self.rows)

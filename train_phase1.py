@@ -37,7 +37,7 @@ class Settings(TrainingSettings):
     steps: tuple[str, ...] = tuple(LEARNS)  # of encoder, decoder, joint: which to train
     compression: int = 2  # chain tokens per latent, r
     top_k: int = 10  # tokens in a superposition, 0 for all
-    lr: tuple[float, ...] = (1e-4,)  # peak learning rate of each step; the last one goes on
+    lr: tuple[float, ...] = (1e-4,)  # peak learning rate of each step; the last for the rest
     epochs: tuple[float, ...] = (10.0,)  # passes over the data, likewise
     max_steps: tuple[int, ...] = (0,)  # optimizer steps, likewise; 0: as --epochs says
     lora_rank: int = 64  # of both adapters; LoRA's alpha is twice that
@@ -161,8 +161,9 @@ def main():
     adapter = f"{s.steps[-1]}/decoder.safetensors"
     with run_directory(s, "train_phase1", s.model, reasoning, adapter=adapter) as out:
         lists = {"lr": s.lr, "epochs": s.epochs, "max_steps": s.max_steps}
-        for i, (step, learns) in enumerate([(step, LEARNS[step]) for step in s.steps]):
-            task = Phase1(run, encoder, learns, not s.no_segments, s.w_segment)
+        learns = [LEARNS[step] for step in s.steps]  # a wrong name ends here
+        for i, step in enumerate(s.steps):
+            task = Phase1(run, encoder, learns[i], not s.no_segments, s.w_segment)
             each = {key: values[min(i, len(values) - 1)] for key, values in lists.items()}
             train(task, examples, replace(s, **each), process, out / step)
         write_json(out / "finished.json", {"steps": s.steps})

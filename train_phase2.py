@@ -15,11 +15,10 @@ from dataclasses import dataclass
 
 import torch
 
-from cache_latents import identity, read_cache
+from cache_latents import identity, read_cache, start_of
 from data import PackedBatch, load_examples, num_targets, pack_examples
 from latents import add_noise, cross_entropy, gumbel_like, induce, superpose
 from lib.cli import parse, settings
-from lib.errors import UserError
 from lib.fast import kl_divergence
 from lib.run import join
 from load_hf_weights import Reasoning, load_model, resolve, save_checkpoint
@@ -129,9 +128,7 @@ def main():
     torch.manual_seed(s.seed)
     device = torch.device("cpu") if s.shard else process.device  # the layers are spread later
     dtype = torch.float32 if s.all_weights else process.dtype
-    if bool(s.phase1) == bool(s.model):
-        raise UserError("name either --phase1 or --model")
-    start = s.phase1 or s.model
+    start = start_of(s)
     model, tokenizer, _ = load_model(start, device, dtype)
     examples = load_examples(s.data, tokenizer, process.say)
     made, cached = read_cache(s.cache, identity(s, len(examples)))

@@ -8,7 +8,6 @@ The loss is the mean cross-entropy over the chain, </think> and the answer.
 
 import lib.errors  # noqa: F401  from here on an error is one line
 
-
 from data import load_examples, num_targets, pack_examples
 from latents import cross_entropy
 from lib.cli import parse, settings

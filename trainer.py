@@ -208,9 +208,8 @@ class Trainer:
     def step(self, step, examples, rows):
         """One optimizer step."""
         begin, s, task = time.time(), self.s, self.task
-        torch.manual_seed(
-            hash((s.seed, step, self.process.rank))
-        )  # of dropout, noise, ...: resumable
+        # a step's dropout and noise depend on nothing else: a resumed run draws the same
+        torch.manual_seed(hash((s.seed, step, self.process.rank)))
         means = self.backward(examples, rows)
         loss = sum(task.weights[k] * x for k, x in means.items())
         rate = learning_rate(step, self.steps, s.lr, s.warmup)
@@ -218,7 +217,7 @@ class Trainer:
         norm = float(nn.utils.clip_grad_norm_(self.learned.values(), 1.0))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
-        if not math.isfinite(loss + norm):
+        if self.process.main and not math.isfinite(loss + norm):
             what = f"{self.out}: at step {step + 1} the loss is {loss:.4g}, its gradient {norm:.4g}"
             raise UserError(f"{what}; begin again in another --out with a smaller --lr")
         self.progress |= {"steps": step + 1, "loss": loss}

@@ -78,14 +78,15 @@ def main():
     p.add_argument("--top-k", type=int, default=10)
     p.add_argument("--ours", action="store_true", help="leave Transformers out")
     args = p.parse_args()
-    device, tokenizer = join(args.device).device, Tokenizer(args.model)
+    process, tokenizer = join(args.device), Tokenizer(args.model)
+    device = process.device
     rows = read_jsonl(args.data)[: args.problems]
     prompts = [tokenizer.prompt(row["problem"]) for row in rows]
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     print(f"{name}, torch {torch.__version__}, {args.shape or args.model}")
     with shape_of(args) as args.directory:
         args.config = read_config(args.directory)
-        model = base_model(args, device)
+        model = base_model(args, process)
         end = args.config.vocab_size - 1  # nobody chooses it, and no end of turn comes
 
         def make(thinking, params, size):

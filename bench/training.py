@@ -119,12 +119,13 @@ def flops(config, phase: int, examples, args) -> float:
     return tokens * per_token + 12 * pairs * heads * config.num_hidden_layers + head
 
 
-def base_model(args, device) -> Model:
+def base_model(args, process) -> Model:
+    device = process.device
     if not args.shape:
-        return load_checkpoint(args.model, device, Process(0, 1, device).dtype)
+        return load_checkpoint(args.model, device, process.dtype)
     with torch.device("meta"):
         model = Model(args.config)
-    model = model.to_empty(device=device).to(Process(0, 1, device).dtype)
+    model = model.to_empty(device=device).to(process.dtype)
     model.rope_frequencies = rotary_frequencies(args.config).to(device)
     generator = torch.Generator(device).manual_seed(1)
     return initialize(model, generator, 0.02).requires_grad_(False)
@@ -133,7 +134,7 @@ def base_model(args, device) -> Model:
 def our_task(phase: int, args, process):
     """A task of the product with random adapters, as if training had gone on for a while."""
     torch.manual_seed(1)
-    model = base_model(args, process.device)
+    model = base_model(args, process)
     for name in ADAPTERS[phase]:
         lora.add_adapter(model, name, args.lora_rank, 2 * args.lora_rank, 0.1)
         for key, p in lora.adapter_parameters(model, name).items():
@@ -191,7 +192,7 @@ def theirs(phase: int, batches, args, process):
     device, source = process.device, our_task(phase, args, process)
     named = source.model.named_parameters()
     weights = {hf_name(n): p for n, p in named if ".adapters." not in n}
-    dtype, rank = Process(0, 1, device).dtype, args.lora_rank
+    dtype, rank = process.dtype, args.lora_rank
     model = reference.build(args.directory, weights, ADAPTERS[phase], rank, dtype, device)
     adapters = {
         f"{key}.{name}.weight": p
@@ -381,7 +382,7 @@ def run(args, sizes, process, tokenizer) -> None:
     if len(examples) < wanted:
         sys.exit(f"{args.data}: has {len(examples)} examples, {wanted} are needed")
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    rate = matmul_rate(device, Process(0, 1, device).dtype)
+    rate = matmul_rate(device, process.dtype)
     print(
         f"{name}, torch {torch.__version__}, {args.shape or args.model}, r = {args.compression}, "
         f"LoRA rank {args.lora_rank}, matrix products at {rate / 1e12:.3g} TFLOP/s"

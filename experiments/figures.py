@@ -38,8 +38,11 @@ def draw_masks(path, parts, r):
         for i, at in enumerate(row.latent_index.tolist(), 1):
             names[at] = f"{'L' if name == 'encoder' else 'Z'}{i}"
         axis.set_xticks(range(len(names)), names, rotation=90)
-        labels = [f"{x}  {p:2d}" for x, p in zip(names, row.position_ids.tolist())]
-        axis.set_yticks(range(len(names)), labels)
+        numbered = zip(names, row.position_ids.tolist())
+        axis.set_yticks(range(len(names)), [f"{x}  {p:2d}" for x, p in numbered])
+        for i in range(len(names)):
+            axis.axhline(i - 0.5, color="white")
+            axis.axvline(i - 0.5, color="white")
         axis.set_title(f"{name}: {RULES[name].__name__} mask")
     save(figure, path)
 

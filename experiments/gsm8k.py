@@ -24,17 +24,15 @@ EVAL = dict(temperature=0, max_latents=64, max_new_tokens=160, batch_size=512)
 def main():
     s = parse(TaskSettings, __doc__)
     with output_directory(s.out, s, command="gsm8k") as out:
-        run = Pipeline("gsm8k", out, s, EVAL)
-        train, more = run.copy("gsm8k-train.jsonl"), Path(s.data) / "gsm8k-sub-train.jsonl.gz"
-        with gzip.open(more, "rt") as variants:
-            write_text(
-                train, 3 * train.read_text() + "".join(islice(variants, 4 if s.smoke else None))
-            )
-        valid, *tests = (run.copy(f"{name}.jsonl") for name in ("gsm8k-valid", *TESTS))
+        pipeline = Pipeline("gsm8k", out, s, EVAL)
+        train, more = pipeline.copy("gsm8k-train.jsonl"), Path(s.data) / "gsm8k-sub-train.jsonl.gz"
+        variants = islice(gzip.open(more, "rt"), 4 if s.smoke else None)
+        write_text(train, 3 * train.read_text() + "".join(variants))
+        valid, *tests = (pipeline.copy(f"{name}.jsonl") for name in ("gsm8k-valid", *TESTS))
         sft = SFT | {"model": s.model, "epochs": 0.93}
         phase1 = PHASE1 | {"epochs": (0.082, 0.035, 0.23)}
         phase2 = PHASE2 | {"epochs": 2.8, "keep": 2}
-        run.run(train, tests, sft, phase1, phase2, valid=valid)
+        pipeline.run(train, tests, sft, phase1, phase2, valid=valid)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,7 @@ from functools import partial
 import random
 
 from experiments.pipeline import PHASE1, PHASE2, SFT, Pipeline, TaskSettings
-from experiments.pipeline import distinct, write_jsonl
 from lib.cli import parse, settings
-from lib.files import read_jsonl
 from lib.run import output_directory
 
 EVAL = dict(temperature=0, max_latents=128, max_new_tokens=160, batch_size=512)
@@ -34,7 +32,7 @@ def random_line(rng, n):
 
 def line(a, b, n):
     """The line of JSONL for two numbers of n digits."""
-    text, total, steps = str(a)[::-1], 0, []
+    total, steps = 0, []
     for i, digit in enumerate(str(b)[::-1]):
         product = a * int(digit) * 10**i
         total += product
@@ -42,23 +40,22 @@ def line(a, b, n):
         if 0 < i < n - 1:
             steps[-1] += f"({str(total).zfill(n + i + 1)[::-1]})"
     answer = str(total).zfill(2 * n)[::-1]
-    problem = f"{text}*{str(b)[::-1]}"
-    box = f"\\boxed{{{answer}}}"
-    return {"problem": problem, "cot": "+".join(steps), "cot_answer": box, "answer": answer}
+    row = {"problem": f"{str(a)[::-1]}*{str(b)[::-1]}", "cot": "+".join(steps), "answer": answer}
+    return row | {"cot_answer": f"\\boxed{{{answer}}}"}
 
 
 def main():
     s = parse(Settings, __doc__)
     name = f"multiplication-{s.digits}x{s.digits}"
     with output_directory(s.out, s, command=name) as out:
-        run, train, rng = Pipeline(name, out, s, EVAL), out / "train.jsonl", random.Random(s.seed)
-        test, make = run.copy(f"{name}-test.jsonl"), partial(random_line, rng, s.digits)
-        known = {row["problem"] for row in read_jsonl(f"{s.data}/{test.name}")}
-        write_jsonl(train, distinct(16 if s.smoke else s.problems, make, known).values())
+        pipeline = Pipeline(name, out, s, EVAL)
+        test = pipeline.copy(f"{name}-test.jsonl")
+        make = partial(random_line, random.Random(s.seed), s.digits)
+        train = pipeline.generate(make, s.problems, test.name)
         sft = SFT | {"model": s.model, "max_steps": 500}
         phase1 = PHASE1 | {"max_steps": (100, 100, 1000)}
         phase2 = PHASE2 | {"max_steps": s.steps, "keep": 3}
-        run.run(train, [test], sft, phase1, phase2)
+        pipeline.run(train, [test], sft, phase1, phase2)
 
 
 if __name__ == "__main__":

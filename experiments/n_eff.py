@@ -150,8 +150,8 @@ def main():
     models = load_encoder(phase1, Runner(base)), Runner(model.eval())
     ends = tokenizer.end_think, tokenizer.end_of_turn
     prompts = [tokenizer.prompt(problem) for problem, _ in solutions]
-    results = dict(Sampler(model, reasoning, ends, s, s.batch_size).generate(prompts))
     with output_directory(s.out, s) as out:
+        results = dict(Sampler(model, reasoning, ends, s, s.batch_size).generate(prompts))
         lines, rng = [], np.random.default_rng(s.seed)
         for i, (problem, texts) in enumerate(tqdm(solutions)):
             if results[i].latents:

@@ -11,7 +11,7 @@ import time
 import torch
 
 from lib.cli import settings
-from lib.files import read_json, write_json, write_text
+from lib.files import read_json, read_jsonl, write_json, write_text
 
 SFT = dict(lr=5e-4, batch_size=128, row_tokens=17408)  # all trainings of SmolLM2-135M
 PHASE1 = SFT | dict(warmup=0.1, w_segment=1)
@@ -87,6 +87,13 @@ class Pipeline:
         settings |= {"max_steps": 2, "batch_size": 4} if self.s.smoke else {}
         return self.stage(script, name, seed=self.s.seed, **settings)
 
+    def generate(self, make, count, *published):
+        """OUT/train.jsonl: `count` lines of make(), none of the files `published` of --data."""
+        known = {row["problem"] for x in published for row in read_jsonl(f"{self.s.data}/{x}")}
+        path, count = self.out / "train.jsonl", 16 if self.s.smoke else count
+        write_jsonl(path, distinct(count, make, known).values())
+        return path
+
     def copy(self, name):
         """The file `name` of --data, in `out`. Smoke mode takes four lines of it."""
         lines = (Path(self.s.data) / name).read_text().splitlines(True)
@@ -112,13 +119,13 @@ class Pipeline:
             else:
                 files["model"], how = cot, {"multiplex": self.s.rho, "compression": r}
             cache = self.stage("cache_latents.py", f"{name}-cache", **files, **how)
-            run = self.train("train_phase2.py", name, cache=cache, **files, **phase2)
-            kept = sorted(run.glob("step-*"), key=lambda x: int(x.name[5:]))
+            student = self.train("train_phase2.py", name, cache=cache, **files, **phase2)
+            kept = sorted(student.glob("step-*"), key=lambda x: int(x.name[5:]))
             if valid:
-                run = self.best([run, *kept], valid)
+                student = self.best([student, *kept], valid)
             for model in () if valid else kept:
                 self.rows(f"{row}, {model.name}", model, tests[:1])
-            self.rows(row, run, tests, arms)
+            self.rows(row, student, tests, arms)
 
     def evaluate(self, run, tests, arms=("free",)):
         """{"<file>.<arm>": summary} of a run."""

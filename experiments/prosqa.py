@@ -12,7 +12,6 @@ import random
 import re
 
 from experiments.pipeline import PHASE1, PHASE2, SFT, Pipeline, TaskSettings
-from experiments.pipeline import distinct, write_jsonl
 from lib.cli import parse
 from lib.files import read_jsonl
 from lib.run import output_directory
@@ -72,19 +71,18 @@ def make_example(rng, people, classes):
 def main():
     s = parse(TaskSettings, __doc__)
     with output_directory(s.out, s, command="prosqa") as out:
-        run, train = Pipeline("prosqa", out, s, EVAL), out / "train.jsonl"
-        valid, test = (run.copy(f"prosqa-{name}.jsonl") for name in ("valid", "test"))
-        files = (read_jsonl(f"{s.data}/{file.name}") for file in (valid, test))
-        known = {row["problem"] for rows in files for row in rows}
-        asked = [re.search(r"Is (\w+) a (\w+) or (\w+)", text).groups() for text in known]
+        pipeline = Pipeline("prosqa", out, s, EVAL)
+        valid, test = (pipeline.copy(f"prosqa-{name}.jsonl") for name in ("valid", "test"))
+        rows = read_jsonl(f"{s.data}/{valid.name}") + read_jsonl(f"{s.data}/{test.name}")
+        asked = [re.search(r"Is (\w+) a (\w+) or (\w+)", row["problem"]).groups() for row in rows]
         people, *classes = map(set, zip(*asked))
-        words = sorted(people), sorted(set.union(*classes))
-        make = partial(make_example, random.Random(s.seed), *words)
-        write_jsonl(train, distinct(16 if s.smoke else PROBLEMS, make, known).values())
+        people, classes = sorted(people), sorted(set.union(*classes))
+        make = partial(make_example, random.Random(s.seed), people, classes)
+        train = pipeline.generate(make, PROBLEMS, valid.name, test.name)
         sft = SFT | {"model": s.model, "max_steps": 700}
         phase1 = PHASE1 | {"max_steps": (50, 50, 400)}
         phase2 = PHASE2 | {"max_steps": 700, "keep": 2}
-        run.run(train, [test], sft, phase1, phase2, valid=valid)
+        pipeline.run(train, [test], sft, phase1, phase2, valid=valid)
 
 
 if __name__ == "__main__":

@@ -21,17 +21,16 @@ def report(directory):
     with reading(directory / "results.json"):
         rows = json.loads((directory / "results.json").read_text())
     for task in dict.fromkeys(row["task"] for row in rows):
-        # of the first test: #L, share and the pictures
         of_task, lines = [row for row in rows if row["task"] == task], {}
         tests = [*dict.fromkeys(row["test"] for row in of_task)]
         for row in of_task:
             key = row["row"], str(row["seed"]), f"`{row['command']}`"
             line = {"#L": f"{row['chain_length']:.1f}", "share": f"{row['share']:.2f}"}
-            line = lines.setdefault(key, line | {"command": key[2]})
+            line = lines.setdefault(key, line)  # of the first test
             line[row["test"]] = f"{row['accuracy']:.1f} ± {row['interval']:.1f}"
-        head = [*tests, "#L", "share", "command"]
-        cells = [[*key[:2], *(x.get(c, "") for c in head)] for key, x in lines.items()]
-        cells = [[task, "seed", *head], ["---"] * (len(head) + 2), *cells]
+        head = [*tests, "#L", "share"]
+        cells = [[*key[:2], *(x.get(c, "") for c in head), key[2]] for key, x in lines.items()]
+        cells = [[task, "seed", *head, "command"], ["---"] * (len(head) + 3), *cells]
         parts.append("".join(f"| {' | '.join(line)} |\n" for line in cells))
         first = [
             (row["row"].partition(", step-")[0], row) for row in of_task if row["test"] == tests[0]

@@ -24,10 +24,21 @@ def test_gsm8k(command, checkpoint, data, tmp_path):
         (source / f"{name}.jsonl").write_text(data.read_text())
     with gzip.open(source / "gsm8k-sub-train.jsonl.gz", "wt") as file:
         file.write(data.read_text())
-    rows = smoke(command, gsm8k.main, checkpoint(), source, tmp_path / "out", "answer-only")
-    assert [(r["row"], r["test"]) for r in rows] == [
-        (row, test) for row in ("CoT-SFT", "answer-only") for test in gsm8k.TESTS
+    kinds = ("answer-only", "latent")
+    rows = smoke(command, gsm8k.main, checkpoint(), source, tmp_path / "out", *kinds)
+    assert [*dict.fromkeys(r["row"] for r in rows)][:3] == [
+        "CoT-SFT",
+        "answer-only",
+        "Latent r = 2",
     ]
+    assert {"Latent r = 2, random", "Latent r = 2, cut-4"} <= {r["row"] for r in rows}
+    latent = next(r for r in rows if r["row"] == "Latent r = 2")
+    assert latent["test"] == "gsm8k-test" and latent["seed"] == 1 and latent["steps"] == 2
+    assert latent["gpu"] == "CPU" and "--smoke" in latent["command"] and 0 <= latent["share"]
+    table = report.report(tmp_path / "out")
+    assert (
+        "| Latent r = 2 | 1 |" in table and "<svg" in (tmp_path / "out" / "gsm8k.svg").read_text()
+    )
     assert len((tmp_path / "out" / "gsm8k-train.jsonl").read_text().splitlines()) == 16
 
 
@@ -44,7 +55,7 @@ def test_multiplication(command, checkpoint, tmp_path):
     tests = [multiplication.line(1234 + i, 5678 + i, 4) for i in range(6)]
     text = "".join(json.dumps(x) + "\n" for x in tests)
     (source / "multiplication-4x4-test.jsonl").write_text(text)
-    rows = smoke(command, multiplication.main, checkpoint(), source, out, "latent")
+    rows = smoke(command, multiplication.main, checkpoint(), source, out, "answer-only", "latent")
     latent = next(r for r in rows if r["row"] == "Latent r = 2")
     assert (
         latent["test"] == "multiplication-4x4-test" and latent["seed"] == 1 and latent["steps"] == 2

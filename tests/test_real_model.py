@@ -62,10 +62,10 @@ def train_file(tmp_path_factory) -> Path:
 
 def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
     model, data = os.environ["LATENT_SFT_MODEL"], ["--data", train_file]
-    settings = [*data, "--max-steps", 4, "--batch-size", 3, "--save-every", 100, "--device", "cpu"]
+    settings = [*data, "--max-steps", 6, "--batch-size", 3, "--save-every", 100, "--device", "cpu"]
 
     def trained(main, out, *arguments, steps=(".",)):
-        """Runs a training of 4 steps, each on all examples, and checks that its loss fell."""
+        """Runs a training of 6 steps, each on all examples, and checks that its loss fell."""
         code, _, error = command(main, *arguments, "--out", tmp_path / out, *settings)
         assert code == 0, error
         for step in steps:
@@ -73,7 +73,7 @@ def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
                 json.loads(line)["loss"]
                 for line in (tmp_path / out / step / "metrics.jsonl").open()
             ]
-            assert len(losses) == 4 and sum(losses[-2:]) / 2 < 0.95 * losses[0], losses
+            assert len(losses) == 6 and sum(losses[-2:]) / 2 < 0.95 * losses[0], losses
         return tmp_path / out
 
     cot = trained(train_sft.main, "cot", "--model", model, "--lr", 1e-4)

@@ -23,7 +23,7 @@ EVAL = dict(temperature=0, max_latents=128, max_new_tokens=160, batch_size=512)
 class Settings(TaskSettings):
     digits: int = 4  # of each factor
     problems: int = 131072  # to train on
-    steps: int = 4000  # of phase 2
+    steps: int = 6000  # of phase 2
 
 
 def random_line(rng, n):
@@ -53,7 +53,7 @@ def main():
         make = partial(random_line, random.Random(s.seed), s.digits)
         train = pipeline.generate(make, s.problems, test.name)
         sft = SFT | {"model": s.model, "max_steps": 500}
-        phase1 = PHASE1 | {"max_steps": (100, 100, 1000)}
+        phase1 = PHASE1 | {"max_steps": (100, 100, 2000)}
         phase2 = PHASE2 | {"max_steps": s.steps, "keep": 3}
         pipeline.run(train, [test], sft, phase1, phase2)
 

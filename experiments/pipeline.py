@@ -17,7 +17,8 @@ SFT = dict(lr=5e-4, batch_size=128, row_tokens=17408)  # all trainings of SmolLM
 PHASE1 = SFT | dict(warmup=0.1, w_segment=1)
 PHASE2 = SFT | dict(all_weights=True, scheduled_sampling=0.5)
 ARMS = ("free", "random", "other", "argmax", "cut-4")
-KINDS = {"latent": "Latent", "mux": "MUX"}
+KINDS = {"latent": "Latent", "paper": "Latent (paper's losses)", "mux": "MUX"}
+PAPER = {"w_segment": 0}, {"scheduled_sampling": 0}  # phase 1 and 2 without the additions
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class RunSettings:
     out: str = "demo"  # directory of everything that is made
     rates: tuple[int, ...] = (2,)  # compression rates
-    train: tuple[str, ...] = ("answer-only", "latent", "mux")  # what, besides CoT-SFT
+    train: tuple[str, ...] = ("answer-only", "latent", "mux")  # besides CoT-SFT; or paper
     rho: float = 0.5  # of mux, the one-stage baseline: its --multiplex
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
@@ -112,14 +113,15 @@ class Pipeline:
             self.rows("answer-only", direct, tests)
         for r, kind in product(self.s.rates, [k for k in self.s.train if k != "answer-only"]):
             name, row, files = f"{kind}-r{r}", f"{KINDS[kind]} r = {r}", {"data": data}
-            if kind == "latent":
-                start = phase1 | files | {"model": cot, "compression": r}
+            less1, less2 = PAPER if kind == "paper" else ({}, {})
+            if kind == "mux":
+                files["model"], how = cot, {"multiplex": self.s.rho, "compression": r}
+            else:
+                start = phase1 | less1 | files | {"model": cot, "compression": r}
                 files["phase1"] = self.train("train_phase1.py", f"{name}-phase1", **start)
                 how = {}
-            else:
-                files["model"], how = cot, {"multiplex": self.s.rho, "compression": r}
             cache = self.stage("cache_latents.py", f"{name}-cache", **files, **how)
-            student = self.train("train_phase2.py", name, cache=cache, **files, **phase2)
+            student = self.train("train_phase2.py", name, cache=cache, **files, **(phase2 | less2))
             kept = sorted(student.glob("step-*"), key=lambda x: int(x.name[5:]))
             if valid:
                 student = self.best([student, *kept], valid)

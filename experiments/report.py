@@ -14,6 +14,8 @@ from pathlib import Path
 from experiments.figures import draw_points
 from lib.files import reading, write_text
 
+COLUMNS = "row test accuracy interval chain_length share seed steps minutes gpu command".split()
+
 
 def report(directory):
     """Writes table.md and the pictures into the directory of results.json. Returns the table."""
@@ -21,19 +23,13 @@ def report(directory):
     with reading(directory / "results.json"):
         rows = json.loads((directory / "results.json").read_text())
     for task in dict.fromkeys(row["task"] for row in rows):
-        of_task, lines = [row for row in rows if row["task"] == task], {}
-        tests = [*dict.fromkeys(row["test"] for row in of_task)]
-        for row in of_task:
-            key = row["row"], str(row["seed"]), f"`{row['command']}`"
-            line = {"#L": f"{row['chain_length']:.1f}", "share": f"{row['share']:.2f}"}
-            line = lines.setdefault(key, line)  # of the first test
-            line[row["test"]] = f"{row['accuracy']:.1f} ± {row['interval']:.1f}"
-        head = [*tests, "#L", "share"]
-        cells = [[*key[:2], *(x.get(c, "") for c in head), key[2]] for key, x in lines.items()]
-        cells = [[task, "seed", *head, "command"], ["---"] * (len(head) + 3), *cells]
+        of_task = [row for row in rows if row["task"] == task]
+        cells = [[str(row[key]).replace("None", "") for key in COLUMNS] for row in of_task]
+        cells = [[task, *COLUMNS[1:]], ["---"] * len(COLUMNS), *cells]
         parts.append("".join(f"| {' | '.join(line)} |\n" for line in cells))
+        test = of_task[0]["test"]
         first = [
-            (row["row"].partition(", step-")[0], row) for row in of_task if row["test"] == tests[0]
+            (row["row"].partition(", step-")[0], row) for row in of_task if row["test"] == test
         ]
         plain = [(name, row) for name, row in first if "," not in row["row"]]
         kept = {name for name, row in first if name != row["row"]}

@@ -37,7 +37,8 @@ def test_gsm8k(command, checkpoint, data, tmp_path):
     assert latent["gpu"] == "CPU" and "--smoke" in latent["command"] and 0 <= latent["share"]
     table = report.report(tmp_path / "out")
     assert (
-        "| Latent r = 2 | 1 |" in table and "<svg" in (tmp_path / "out" / "gsm8k.svg").read_text()
+        f"| Latent r = 2 | gsm8k-test | {latent['accuracy']} | {latent['interval']} |" in table
+        and "<svg" in (tmp_path / "out" / "gsm8k.svg").read_text()
     )
     assert len((tmp_path / "out" / "gsm8k-train.jsonl").read_text().splitlines()) == 16
 
@@ -69,7 +70,8 @@ def test_multiplication(command, checkpoint, tmp_path):
         "Latent r = 2, cut-4",
     } <= names
     table = report.report(out)
-    assert (out / "table.md").read_text() == table and "| Latent r = 2 | 1 |" in table
+    assert (out / "table.md").read_text() == table
+    assert f"| Latent r = 2 | {latent['test']} | {latent['accuracy']} |" in table
     for name in ("", "-steps", "-loss"):
         assert "<svg" in (out / f"multiplication-4x4{name}.svg").read_text()
     known = {x["problem"] for x in tests}

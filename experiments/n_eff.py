@@ -11,10 +11,12 @@ latents that the encoder of its phase 1 makes of the chains. See docs/METHOD.md.
 
 import lib.errors  # noqa: F401  from here on an error is one line
 
+from itertools import chain, pairwise
 import json
 
 import numpy as np
 import torch
+from torch.distributions import Categorical
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -47,18 +49,16 @@ class Settings(SamplingParams):
 def load_solutions(paths):
     """{problem: its different chains}, in the order of the files."""
     solutions = {}
-    for path in paths:
-        for row in read_jsonl(path):
-            with reading(row["_place"]):
-                chain = written_chain(row).strip()
-                chains = solutions.setdefault(text_field(row, "problem"), [])
-                chains += [chain] * (chain not in chains)
+    for row in chain.from_iterable(map(read_jsonl, paths)):
+        with reading(row["_place"]):
+            solutions.setdefault(text_field(row, "problem"), {})[written_chain(row).strip()] = ()
     return solutions
 
 
-def spans_of(chain, count):
-    """The chain in `count` spans, as equal as can be."""
-    return [chain[i * len(chain) // count : (i + 1) * len(chain) // count] for i in range(count)]
+def spans_of(tokens, count):
+    """The chain `tokens` in `count` spans, as equal as can be."""
+    ends = [i * len(tokens) // count for i in range(count + 1)]
+    return [tokens[a:b] for a, b in pairwise(ends)]
 
 
 def greedy_matching(generated, references):
@@ -68,12 +68,6 @@ def greedy_matching(generated, references):
         row[matching] = -torch.inf
         matching.append(int(row.argmax()))
     return matching
-
-
-def effective_paths(scores):
-    """N_eff = exp(entropy(softmax(scores)))."""
-    shares = torch.stack(scores).double().softmax(0)
-    return float((-torch.xlogy(shares, shares).sum()).exp())
 
 
 def one_row(name, example, parts, device):
@@ -109,14 +103,16 @@ def n_eff(encoder, prompt, chains, z, top, top_ids, rng):
     A path's score is the mean over latents of the log of what each puts on the tokens of its match.
     """
     N, scores = len(z), []
-    for chain in chains:
-        spans = map(torch.tensor, spans_of(chain, N))
+    for tokens in chains:
+        spans = map(torch.tensor, spans_of(tokens, N))
         masses = [(top * torch.isin(top_ids, span)).sum(-1) for span in spans]
         logs = torch.stack(masses, dim=1).clamp(min=1e-10).log()
-        found = references(encoder, Example(prompt, chain, [], []), N)
+        found = references(encoder, Example(prompt, tokens, [], []), N)
         matchings = [greedy_matching(z, found), *(rng.permutation(N) for _ in range(DRAWS))]
-        scores.append([logs[range(N), matching].mean() for matching in matchings])
-    value, *random_values = map(effective_paths, zip(*scores))
+        scores.append([float(logs[range(N), matching].mean()) for matching in matchings])
+    value, *random_values = (
+        Categorical(logits=torch.tensor(scores).double().T).entropy().exp().tolist()
+    )
     return value, float(np.mean(random_values))
 
 
@@ -159,11 +155,11 @@ def main():
                 found = measure(prompts[i], chains, results[i], *models, rng)
                 lines.append({"problem": problem} | found)
         write_jsonl(out / "n_eff.problems.jsonl", lines)
-        keys = {key for line in lines for key in line} - {"problem"}
-        means = {key: float(np.mean([x[key] for x in lines if key in x])) for key in sorted(keys)}
-        summary = {"problems": len(lines)} | means
-        if "n_eff" in means:
-            summary["ratio"] = means["n_eff"] / means["random"]
+        summary = {"problems": len(lines)}
+        for key in {key: 0 for line in lines for key in [*line][1:]}:
+            summary[key] = float(np.mean([line[key] for line in lines if key in line]))
+        if "n_eff" in summary:
+            summary["ratio"] = summary["n_eff"] / summary["random"]
         write_json(out / "n_eff.json", summary)
         print(f"{out}: {json.dumps(summary)}")
 

@@ -10,7 +10,9 @@ step: `a3b6d1`. Without steps a small model cannot compose 5 to 8 permutations; 
 import lib.errors  # noqa: F401  from here on an error is one line
 
 from functools import partial
+from pathlib import Path
 import random
+import shutil
 
 import torch
 
@@ -18,28 +20,13 @@ from experiments.figures import draw_masks
 from experiments.pipeline import Pipeline, RunSettings, distinct, write_jsonl
 from experiments.report import report
 from lib.cli import parse, settings
-from lib.files import write_json, write_tensors
+from lib.files import write_tensors
 from lib.run import output_directory
-from lib.tokenizer import END_THINK, THINK, byte_alphabet
+from lib.tokenizer import END_THINK, THINK
 from load_hf_weights import hf_name, read_config
 from model import Model
 
-CONFIG = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 264,
-    "hidden_size": 96,
-    "intermediate_size": 288,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 300.0,
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 512,
-    "dtype": "float32",
-}
+BASE = Path(__file__).parent / "base"  # config.json, and byte-level BPE: the bytes and "boxed"
 SFT = dict(lr=3e-3, max_steps=200, batch_size=128)
 LORA = dict(lora_rank=16, lora_dropout=0)
 PHASE1 = dict(batch_size=64, lr=(1e-3, 5e-3, 4e-3), max_steps=(30, 30, 120), w_segment=1, **LORA)
@@ -74,23 +61,6 @@ def write_task(out, seed):
     write_jsonl(out / "test.jsonl", distinct(500, make, known=train).values())
 
 
-def write_tokenizer(directory):
-    """Byte-level BPE: the 256 bytes, the word "boxed", and three special tokens."""
-    vocab = {c: i for i, c in enumerate(byte_alphabet())}
-    merges = ["b o", "bo x", "box e", "boxe d"]
-    vocab |= {m.replace(" ", ""): len(vocab) + i for i, m in enumerate(merges)}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    added = [
-        {"id": len(vocab) + i, "content": text, "special": True, **flags}
-        for i, text in enumerate(("<|endoftext|>", THINK, END_THINK))
-    ]
-    byte_level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=True)
-    spec = {"version": "1.0", "added_tokens": added, "normalizer": None, "post_processor": None}
-    spec |= {"pre_tokenizer": byte_level, "decoder": byte_level}
-    spec["model"] = {"type": "BPE", "vocab": vocab, "merges": merges}
-    write_json(directory / "tokenizer.json", spec)
-
-
 @torch.no_grad()
 def initialize(model, generator, std):
     """Random weights for training from scratch: matrices N(0, std^2), biases 0, norms 1."""
@@ -104,8 +74,7 @@ def initialize(model, generator, std):
 
 def write_model(directory, seed):
     """A checkpoint directory with random weights."""
-    write_tokenizer(directory)
-    write_json(directory / "config.json", CONFIG)
+    shutil.copytree(BASE, directory, dirs_exist_ok=True)
     generator = torch.Generator().manual_seed(seed)
     model = initialize(Model(read_config(directory)), generator, std=0.08)
     weights = {hf_name(n): p for n, p in model.named_parameters()}

@@ -1,5 +1,6 @@
 """Runs the project's scripts one after another. A stopped pipeline goes on where it was."""
 
+from functools import partial
 from itertools import product
 import json
 from pathlib import Path
@@ -63,13 +64,6 @@ def flags(**settings):
     return found
 
 
-def call(script, **settings):
-    """Runs a script. If the script or this program fails, both end."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
-    if subprocess.run([sys.executable, str(ROOT / script), *flags(**settings)]).returncode:
-        sys.exit(1)
-
-
 class Pipeline:
     """One seed of one task in the directory `out`. `evaluation`: settings of eval.py."""
 
@@ -79,9 +73,15 @@ class Pipeline:
         self.evaluation, self.results = evaluation | smaller, []
 
     def stage(self, script, name, **settings):
-        """Runs a script that writes out/name, or goes on with what is there. Returns the path."""
+        """Runs a script that writes out/name, or goes on with what is there. Returns the path.
+
+        If the script or this program fails, both end.
+        """
         print(f"\n{time.strftime('%H:%M:%S')} {name}: {script}", flush=True)
-        call(script, out=self.out / name, device=self.s.device, **settings)
+        words = flags(out=self.out / name, device=self.s.device, **settings)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        if subprocess.run([sys.executable, ROOT / script, *words]).returncode:
+            sys.exit(1)
         return self.out / name
 
     def train(self, script, name, **settings):
@@ -124,7 +124,7 @@ class Pipeline:
             student = self.train("train_phase2.py", name, cache=cache, **files, **(phase2 | less2))
             kept = sorted(student.glob("step-*"), key=lambda x: int(x.name[5:]))
             if valid:
-                student = self.best([student, *kept], valid)
+                student = max([student, *kept], key=partial(self.accuracy, valid))
             for model in () if valid else kept:
                 self.rows(f"{row}, {model.name}", model, tests[:1])
             self.rows(row, student, tests, arms)
@@ -135,10 +135,8 @@ class Pipeline:
         settings = self.evaluation | {"model": run, "data": tests, "arms": arms}
         return read_json(self.stage("eval.py", name, **settings) / "summary.json")
 
-    def best(self, models, valid):
-        """The model that is right most often on the file `valid`."""
-        right = [self.evaluate(m, [valid])[f"{valid.stem}.free"]["accuracy"] for m in models]
-        return models[right.index(max(right))]
+    def accuracy(self, test, run):
+        return self.evaluate(run, [test])[f"{test.stem}.free"]["accuracy"]
 
     def rows(self, name, run, tests, arms=("free",)):
         """Evaluates a run and adds its rows to out/results.json. The first ones are CoT-SFT's."""

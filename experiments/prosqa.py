@@ -9,14 +9,18 @@ import lib.errors  # noqa: F401  from here on an error is one line
 
 from functools import partial
 import random
-import re
 
 from experiments.pipeline import PHASE1, PHASE2, SFT, Pipeline, TaskSettings
 from lib.cli import parse
-from lib.files import read_jsonl
 from lib.run import output_directory
 
 EVAL = dict(temperature=0, max_latents=96, max_new_tokens=160, batch_size=512)
+PEOPLE = "Alex Bob Carol Davis Eva Fae Gabriel Jack Max Oliver Polly Rex Sally Sam Stella Tom Wren"
+CLASSES = """
+bompus boompus brimpus chorpus dumpus felpus fompus gerpus gorpus grimpus gwompus hilpus impus
+jelpus jompus kerpus lempus lorpus numpus quimpus rempus rompus rorpus scrompus shumpus sterpus
+storpus terpus timpus tumpus vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus
+"""
 PROBLEMS = 17886  # to train on, as many as were published
 PARENTS = {0: 0.05, 1: 0.28, 2: 0.33, 3: 0.22, 4: 0.08, 5: 0.04}  # drawn; some are drawn twice
 LENGTHS = {3: 0.40, 4: 0.43, 5: 0.14, 6: 0.02}  # of a chain, in sentences
@@ -44,14 +48,14 @@ def make_graph(rng):
     return parents, paths
 
 
-def make_example(rng, people, classes):
+def make_example(rng):
     """One line of JSONL. Person 0 is asked about; a class that only person 1 reaches is wrong."""
     far, near, right, wrong = draw(rng, LENGTHS), draw(rng, WRONG), [], []
     while not (right and wrong):
         parents, (mine, others, _) = make_graph(rng)
         right = [path for n, path in mine.items() if len(path) == far + 1 and n not in others]
         wrong = [n for n, path in others.items() if len(path) == near + 1 and n not in mine]
-    people, classes = (rng.sample(names, len(names)) for names in (people, classes))
+    people, classes = (rng.sample(x, len(x)) for x in (PEOPLE.split(), CLASSES.split()))
     names = [(classes if some else people).pop() for some in parents]
 
     def sentence(parent, node):
@@ -73,11 +77,7 @@ def main():
     with output_directory(s.out, s, command="prosqa") as out:
         pipeline = Pipeline("prosqa", out, s, EVAL)
         valid, test = (pipeline.copy(f"prosqa-{name}.jsonl") for name in ("valid", "test"))
-        rows = read_jsonl(f"{s.data}/{valid.name}") + read_jsonl(f"{s.data}/{test.name}")
-        asked = [re.search(r"Is (\w+) a (\w+) or (\w+)", row["problem"]).groups() for row in rows]
-        people, *classes = map(set, zip(*asked))
-        people, classes = sorted(people), sorted(set.union(*classes))
-        make = partial(make_example, random.Random(s.seed), people, classes)
+        make = partial(make_example, random.Random(s.seed))
         train = pipeline.generate(make, PROBLEMS, valid.name, test.name)
         sft = SFT | {"model": s.model, "max_steps": 700}
         phase1 = PHASE1 | {"max_steps": (50, 50, 400)}

@@ -35,9 +35,8 @@ def report(directory):
         kept = {name for name, row in first if name != row["row"]}
         curves = [(name, row) for name, row in first if name in kept]
         draw_points(directory / f"{task}.svg", plain, "share", "accuracy")
-        if curves:
-            draw_points(directory / f"{task}-steps.svg", curves, "steps", "accuracy", "o-")
-            draw_points(directory / f"{task}-loss.svg", curves, "steps", "loss", "o-")
+        for y in ("accuracy", "loss") if curves else ():
+            draw_points(directory / f"{task}-{y}.svg", curves, "steps", y, "o-")
     write_text(directory / "table.md", "\n".join(parts))
     return "\n".join(parts)
 

@@ -2,11 +2,17 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 import random
 import re
+import shutil
 from xml.dom import minidom
 
-from experiments import figures, gsm8k, multiplication, prosqa, report
+import pytest
+import tokenizers
+
+from experiments import branches, figures, gsm8k, multiplication, prosqa, report
 
 
 def smoke(command, main, model, source, out, *kinds):
@@ -72,7 +78,7 @@ def test_multiplication(command, checkpoint, tmp_path):
     table = report.report(out)
     assert (out / "table.md").read_text() == table
     assert f"| Latent r = 2 | {latent['test']} | {latent['accuracy']} |" in table
-    for name in ("", "-steps", "-loss"):
+    for name in ("", "-accuracy", "-loss"):
         assert "<svg" in (out / f"multiplication-4x4{name}.svg").read_text()
     known = {x["problem"] for x in tests}
     made = [json.loads(x) for x in (out / "train.jsonl").read_text().splitlines()]
@@ -81,12 +87,9 @@ def test_multiplication(command, checkpoint, tmp_path):
 
 def test_prosqa(command, checkpoint, tmp_path):
     """The right class descends from the person alone, the chain is a shortest path; and the smoke mode."""
-    people, classes = (
-        ["Ann", "Bob", "Cid", "Dan", "Eve", "Fay", "Gus"],
-        [f"{c}{d}pus" for c in "bdfgklmn" for d in "aeiou"],
-    )
+    people = prosqa.PEOPLE.split()
     rng, source = random.Random(1), tmp_path / "data"
-    lines = [prosqa.make_example(rng, people, classes) for _ in range(60)]
+    lines = [prosqa.make_example(rng) for _ in range(60)]
     for row in lines:
         edges = re.findall(r"(\w+) is a (\w+)\.", row["problem"])
         person, *asked = re.search(r"Is (\w+) a (\w+) or (\w+)\?", row["problem"]).groups()
@@ -129,3 +132,41 @@ def test_pictures_are_xml(tmp_path):
     figures.draw_points(tmp_path / "p.svg", [("a <", row)], "share", "accuracy")
     for name in "mp":
         assert minidom.parse(str(tmp_path / f"{name}.svg")).documentElement.tagName == "svg"
+
+
+@pytest.mark.skipif("LATENT_SFT_MODEL" not in os.environ, reason="LATENT_SFT_MODEL is not set")
+def test_branches(command, tmp_path):
+    """Made-up latents: 0.5 on the class of the chain, 0.3 on its sibling, 0.1 on another class."""
+    source, model = Path(os.environ["LATENT_SFT_MODEL"]), tmp_path / "model"
+    hf = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
+    model.mkdir()
+    shutil.copy(source / "tokenizer.json", model)
+    reasoning = {"thinking": "latent", "top_k": 10, "compression": 4}
+    (model / "config.json").write_text(json.dumps({"model_type": "llama", "latent_sft": reasoning}))
+
+    def tokens(text):
+        return [hf.decode([i]) for i in hf.encode(text, add_special_tokens=False).ids]
+
+    problem = (
+        "Tom is a gerpus. Every gerpus is a bompus. Tom is a zumpus. Every zumpus is a hilpus."
+    )
+    chain = "Tom is a gerpus. Every gerpus is a bompus."
+    latents = [[["x", 0.9]] for _ in range(0, len(tokens(chain)), 4)]
+    for before, classes in (
+        ("Tom is a", ("gerpus", "zumpus", "hilpus")),
+        ("Tom is a gerpus. Every gerpus is a", ("bompus", None, "hilpus")),
+    ):
+        held = [[tokens(f" {c}")[0], p] for c, p in zip(classes, (0.5, 0.3, 0.1)) if c]
+        latents[len(tokens(before)) // 4] = held
+    for name, line in (
+        ("data", {"problem": problem, "cot": chain}),
+        ("found", {"problem": problem, "latents": latents}),
+    ):
+        (tmp_path / name).write_text(json.dumps(line) + "\n")
+    flags = ["--data", tmp_path / "data", "--predictions", tmp_path / "found"]
+    code, printed, error = command(branches.main, "--model", model, *flags)
+    assert code == 0, error
+    assert printed.splitlines() == [
+        "sentence 1, 1 problems: [0.5 0.3 0.1]",
+        "sentence 2, 1 problems: [0.5 0.  0.1]",
+    ]

@@ -166,28 +166,28 @@ class RecordedRow(nn.Module):
 
 
 class KVCache:
-    """Keys and values of `rows` sequences of up to `length` tokens, a multiple of BLOCK.
+    """Keys and values of `slots` sequences of up to `length` tokens, a multiple of BLOCK.
 
-    Each row is a sequence of its own and may be reused.
+    Each slot is a sequence of its own and may be reused.
     """
 
-    def __init__(self, config, rows, length, device, dtype):
+    def __init__(self, config, slots, length, device, dtype):
         heads = config.num_key_value_heads
-        shape = (config.num_hidden_layers, 2, rows, heads, length, config.head_dim)
+        shape = (config.num_hidden_layers, 2, slots, heads, length, config.head_dim)
         self.kv = torch.zeros(shape, device=device, dtype=dtype)
         self.group = config.num_attention_heads // heads  # query heads that share keys and values
-        self.lengths = torch.zeros(rows, dtype=torch.long, device=device)  # tokens read so far
+        self.lengths = torch.zeros(slots, dtype=torch.long, device=device)  # tokens read so far
         blocks = torch.arange(length // BLOCK, dtype=torch.int32, device=device)
-        self.blocks = blocks.repeat(rows, 1, 1, 1)
+        self.blocks = blocks.repeat(slots, 1, 1, 1)
 
-    def prefill(self, rows, labels, position_ids):
-        """Attention of each layer for packed prompts: document i goes to cache row rows[i]."""
-        attend, row = PackedAttention(labels), rows[labels.document]
-        self.lengths[rows] = labels.starts.diff().long()
+    def prefill(self, slots, labels, position_ids):
+        """Attention of each layer for packed prompts: document i goes to cache slot slots[i]."""
+        attend, slot = PackedAttention(labels), slots[labels.document]
+        self.lengths[slots] = labels.starts.diff().long()
 
         def of_layer(kv):
             def prefill(q, k, v):
-                kv[:, row, :, position_ids] = torch.stack((k, v), 1)
+                kv[:, slot, :, position_ids] = torch.stack((k, v), 1)
                 return attend(q, k, v)
 
             return prefill
@@ -195,9 +195,9 @@ class KVCache:
         return [of_layer(kv) for kv in self.kv]
 
     def decode(self, active):
-        """Attention, one for each layer, of the next token of every row, at position `lengths`.
+        """Attention, one for each layer, of the next token of every slot, at position `lengths`.
 
-        Only rows in bool `active` grow by it.
+        Only slots in bool `active` grow by it.
         """
         position = self.lengths.clone()
         self.lengths += active
@@ -208,7 +208,7 @@ class KVCache:
         return [CachedAttention(kv, position, mask) for kv in self.kv]
 
     def block_mask(self, position):
-        """Reads only the blocks that a row has filled."""
+        """Reads only the blocks that a slot has filled."""
         return BlockMask.from_kv_blocks(
             (position // BLOCK + 1).int()[:, None, None],
             self.blocks,
@@ -220,14 +220,14 @@ class KVCache:
 
 
 class CachedAttention:
-    """One layer's attention of one token per row: stores its k and v at `position`, then looks."""
+    """One layer's attention of one token per slot: stores its k and v at `position`, then looks."""
 
     def __init__(self, kv, position, mask):
         self.kv, self.position, self.mask = kv, position, mask
 
     def __call__(self, q, k, v):
-        rows = torch.arange(len(q), device=q.device)
-        self.kv[:, rows, :, self.position] = torch.stack((k, v), 1)
+        slots = torch.arange(len(q), device=q.device)
+        self.kv[:, slots, :, self.position] = torch.stack((k, v), 1)
         q = q.unflatten(1, (k.shape[1], -1))  # heads that share keys are queries at one position
         if isinstance(self.mask, BlockMask):
             return flex_attention(q, *self.kv, block_mask=self.mask).flatten(1, 2)

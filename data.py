@@ -26,17 +26,17 @@ class Example:
     alpha: tuple = ()
 
 
-def text_field(row, key):
-    """row[key], a string that is not blank. Raises KeyError or ValueError."""
-    value = row[key]
+def text_field(line, key):
+    """line[key], a string that is not blank. Raises KeyError or ValueError."""
+    value = line[key]
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f'the field "{key}" is empty or not a string')
     return value
 
 
-def written_chain(row):
+def written_chain(line):
     """The chain of a line, without the think tags around it."""
-    chain = text_field(row, "cot").strip().removeprefix(THINK).removesuffix(END_THINK)
+    chain = text_field(line, "cot").strip().removeprefix(THINK).removesuffix(END_THINK)
     if END_THINK in chain:
         raise ValueError(f'the field "cot" has {END_THINK} in its middle')
     return chain
@@ -48,16 +48,16 @@ def load_examples(path, tokenizer, say=print, chain=True):
     Examples whose chain holds no token of the vocabulary are skipped and counted. `chain` False:
     all chains are left empty.
     """
-    examples, rows = [], read_jsonl(path)
-    for row in rows:
-        with reading(row["_place"]):
-            has_chain = chain and row["cot"] != ""
-            tokens = tokenizer.encode(written_chain(row)) if has_chain else []
-            answer = tokenizer.encode(text_field(row, "cot_answer")) + [tokenizer.end_of_turn]
-            prompt = tokenizer.prompt(text_field(row, "problem"))
+    examples, lines = [], read_jsonl(path)
+    for line in lines:
+        with reading(line["_place"]):
+            has_chain = chain and line["cot"] != ""
+            tokens = tokenizer.encode(written_chain(line)) if has_chain else []
+            answer = tokenizer.encode(text_field(line, "cot_answer")) + [tokenizer.end_of_turn]
+            prompt = tokenizer.prompt(text_field(line, "problem"))
         if tokens or not chain:
             examples.append(Example(prompt, tokens, tokenizer.end_think, answer))
-    if skipped := len(rows) - len(examples):
+    if skipped := len(lines) - len(examples):
         say(f"{path}: skipped {skipped} examples without a chain")
     if not examples:
         raise UserError(f"{path}: no line has a chain; name another file")

@@ -62,14 +62,14 @@ class Problem:
 def load_problems(path):
     """The problems of a file. Raises UserError with file and line."""
     problems = []
-    for row in read_jsonl(path):
-        with reading(row["_place"]):
-            answer = row["answer"] if "answer" in row else boxed(text_field(row, "cot_answer"))
+    for line in read_jsonl(path):
+        with reading(line["_place"]):
+            answer = line["answer"] if "answer" in line else boxed(text_field(line, "cot_answer"))
             if type(answer) is int or type(answer) is float and math.isfinite(answer):
                 answer = str(answer)
             answer = text_field({"answer": answer}, "answer")
-            chain = written_chain(row) if row.get("cot") else ""
-            problems.append(Problem(text_field(row, "problem"), answer, chain))
+            chain = written_chain(line) if line.get("cot") else ""
+            problems.append(Problem(text_field(line, "problem"), answer, chain))
     return problems
 
 

@@ -29,7 +29,7 @@ SHOWN = 10  # tokens of a full-vocabulary latent that a result keeps
 DONE, THOUGHT = -2, -1  # what a sequence reads next, if not a token
 GREEDY = 1e-4  # below this temperature the most likely token is taken
 # With one sequence, reading weights dominates: tuned and merged kernels pay.
-ONE_ROW = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
+ONE_SLOT = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True}}
 
 
 @settings
@@ -96,7 +96,7 @@ def pick(logits, uniform, temperature, top_p):
 
 
 class Sampler:
-    """Up to `batch_size` sequences side by side; a finished one's row goes to the next prompt.
+    """Up to `batch_size` sequences side by side; a finished one's slot goes to the next prompt.
 
     end_think: the tokens that are fed when thinking ends. replace(sequence, probs [k], ids [k]):
     an intervention, (probs, ids) of what is fed instead of a latent; the default is the noise.
@@ -129,13 +129,13 @@ class Sampler:
         if prompts:
             self.prepare(prompts)
         while waiting or running:
-            free = [row for row in range(len(self.token)) if row not in running]
-            if new := {row: waiting.popleft() for row in free[: len(waiting)]}:
+            free = [slot for slot in range(len(self.token)) if slot not in running]
+            if new := {slot: waiting.popleft() for slot in free[: len(waiting)]}:
                 self._read(new)
                 running |= new
             reads = self._advance(running)
-            for row in [row for row in running if reads[row] == DONE]:
-                s = running.pop(row)
+            for slot in [slot for slot in running if reads[slot] == DONE]:
+                s = running.pop(slot)
                 yield s.number, s
             for s in running.values() if watch else ():
                 watch(s)
@@ -144,15 +144,15 @@ class Sampler:
                 self.step()
 
     def _advance(self, running):
-        """Lets each sequence decide. Returns what each row reads next."""
+        """Lets each sequence decide. Returns what each slot reads next."""
         reads = [DONE] * len(self.token)
         said, probs, ids = self.said.tolist(), self.probs.cpu().numpy(), self.ids.cpu().numpy()
         probs, ids = probs.copy(), ids.copy()
-        for row, s in running.items():
-            latent = probs[row], ids[row]  # views: the sequence will have what replaces them
-            reads[row] = s.advance(*said[row], latent)
-            if self.replace and reads[row] == THOUGHT:  # the one place where a latent is replaced
-                probs[row], ids[row] = self.replace(s, *latent)
+        for slot, s in running.items():
+            latent = probs[slot], ids[slot]  # views: the sequence will have what replaces them
+            reads[slot] = s.advance(*said[slot], latent)
+            if self.replace and reads[slot] == THOUGHT:  # the one place where a latent is replaced
+                probs[slot], ids[slot] = self.replace(s, *latent)
         if self.replace:
             alpha = (torch.from_numpy(x).to(self.device) for x in (probs, ids))
             self.z.copy_(superpose(*alpha, self.model.embed_tokens.weight))
@@ -160,7 +160,7 @@ class Sampler:
 
     @torch.no_grad()
     def prepare(self, prompts):
-        """Memory for `batch_size` rows. A GPU compiles and records its step here.
+        """Memory for `batch_size` slots. A GPU compiles and records its step here.
 
         What is there from before is kept if it will do.
         """
@@ -174,7 +174,7 @@ class Sampler:
         self.cache = KVCache(model.config, B, length, device, model.head.dtype)
         zeros = partial(torch.zeros, device=device)
         whole = partial(zeros, dtype=torch.long)
-        self.rows, self.token = torch.arange(B, device=device), whole(B) + DONE
+        self.slots, self.token = torch.arange(B, device=device), whole(B) + DONE
         self.said = whole(B, 2)  # the token that each would say, and its most likely one
         self.uniform = zeros(B, length)  # a random number for each position
         k = self.k or min(SHOWN, len(model.head))
@@ -182,47 +182,47 @@ class Sampler:
         self.z = model.head.new_zeros(B, model.config.hidden_size)  # what they would think
         self.step = self._step
         if device.type == "cuda":
-            model.compile_layers(**(ONE_ROW if B == 1 else {}))
-            self.step = recorded(self._step)  # rows that are done change nothing
+            model.compile_layers(**(ONE_SLOT if B == 1 else {}))
+            self.step = recorded(self._step)  # slots that are done change nothing
 
     def _read(self, new):
-        """Reads the prompts of new sequences into their rows."""
+        """Reads the prompts of new sequences into their slots."""
         p, longest = self.params, max(len(s.prompt) for s in new.values())
         for part in torch.tensor([*new]).split(max(1, PREFILL // longest)):
-            sequences, rows = [new[row] for row in part.tolist()], part.to(self.device)
+            sequences, slots = [new[slot] for slot in part.tolist()], part.to(self.device)
             if p.temperature >= GREEDY:
                 rngs = (np.random.default_rng((p.seed, s.number, 1)) for s in sequences)
                 draws = [rng.random(self.uniform.shape[1], dtype=np.float32) for rng in rngs]
-                self.uniform[rows] = torch.from_numpy(np.stack(draws)).to(self.device)
+                self.uniform[slots] = torch.from_numpy(np.stack(draws)).to(self.device)
             examples = [Example(s.prompt, [], [], []) for s in sequences]
             packed = to_device(pack_examples("cot", examples), self.device)
             with torch.compiler.set_stance("force_eager"):  # ever new lengths
-                attend = self.cache.prefill(rows, packed.labels, packed.position_ids)
+                attend = self.cache.prefill(slots, packed.labels, packed.position_ids)
                 x = self.model.embed_tokens(packed.ids)
                 h = self.model(x, packed.position_ids, attend)
-            self._look(h[packed.labels.starts[1:].long() - 1], rows)
+            self._look(h[packed.labels.starts[1:].long() - 1], slots)
 
     def _step(self):
-        """Every row reads `token`: a token, the latent that it made last, or nothing."""
+        """Every slot reads `token`: a token, the latent that it made last, or nothing."""
         x = self.model.embed_tokens(self.token.clamp(0))
         x = torch.where((self.token == THOUGHT)[:, None], self.z, x)
         position_ids, attend = self.cache.lengths.clone(), self.cache.decode(self.token != DONE)
-        self._look(self.model(x, position_ids, attend), self.rows)
+        self._look(self.model(x, position_ids, attend), self.slots)
 
-    def _look(self, h, rows):
-        """What `rows` would think and say next, from their last hidden states [n, hidden_size]."""
+    def _look(self, h, slots):
+        """What `slots` would think and say next, from their last hidden states [n, hidden_size]."""
         p, logits = self.params, h @ self.model.head.T
         probs, ids = top_probs(logits, self.k)
         if self.thinking == "latent":
-            self.z[rows] = superpose(probs, ids, self.model.embed_tokens.weight)
+            self.z[slots] = superpose(probs, ids, self.model.embed_tokens.weight)
         if self.k == 0:
             probs, ids = probs.topk(self.ids.shape[1])
         token = ids[:, 0]
-        self.probs[rows], self.ids[rows] = probs.float(), ids
+        self.probs[slots], self.ids[slots] = probs.float(), ids
         if p.temperature >= GREEDY:
-            uniform = self.uniform[rows, self.cache.lengths[rows]]
+            uniform = self.uniform[slots, self.cache.lengths[slots]]
             token = pick(logits.float(), uniform, p.temperature, p.top_p)
-        self.said[rows] = torch.stack((token, ids[:, 0]), dim=1)
+        self.said[slots] = torch.stack((token, ids[:, 0]), dim=1)
 
 
 class Display:

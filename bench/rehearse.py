@@ -62,10 +62,10 @@ def write_checkpoint(directory, s):
         write_tensors(directory / f"model-{i:05}-of-{len(shards):05}.safetensors", tensors)
 
 
-def joined(rows, count):
-    """Training lines. The chain of each is the chains of `count` rows in a row."""
-    groups = [rows[i : i + count] for i in range(0, len(rows) - count + 1, count)]
-    return [group[-1] | {"cot": "\n".join(row["cot"] for row in group)} for group in groups]
+def joined(lines, count):
+    """Training lines. The chain of each is the chains of `count` successive ones."""
+    groups = [lines[i : i + count] for i in range(0, len(lines) - count + 1, count)]
+    return [group[-1] | {"cot": "\n".join(line["cot"] for line in group)} for group in groups]
 
 
 def commands(s, name):

@@ -40,8 +40,12 @@ def line(a, b, n):
         if 0 < i < n - 1:
             steps[-1] += f"({str(total).zfill(n + i + 1)[::-1]})"
     answer = str(total).zfill(2 * n)[::-1]
-    row = {"problem": f"{str(a)[::-1]}*{str(b)[::-1]}", "cot": "+".join(steps), "answer": answer}
-    return row | {"cot_answer": f"\\boxed{{{answer}}}"}
+    return {
+        "problem": f"{str(a)[::-1]}*{str(b)[::-1]}",
+        "cot": "+".join(steps),
+        "cot_answer": f"\\boxed{{{answer}}}",
+        "answer": answer,
+    }
 
 
 def main():

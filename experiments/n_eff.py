@@ -49,9 +49,9 @@ class Settings(SamplingParams):
 def load_solutions(paths):
     """{problem: its different chains}, in the order of the files."""
     solutions = {}
-    for row in chain.from_iterable(map(read_jsonl, paths)):
-        with reading(row["_place"]):
-            solutions.setdefault(text_field(row, "problem"), {})[written_chain(row).strip()] = ()
+    for line in chain.from_iterable(map(read_jsonl, paths)):
+        with reading(line["_place"]):
+            solutions.setdefault(text_field(line, "problem"), {})[written_chain(line).strip()] = ()
     return solutions
 
 

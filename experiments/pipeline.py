@@ -90,7 +90,7 @@ class Pipeline:
 
     def generate(self, make, count, *published):
         """OUT/train.jsonl: `count` lines of make(), none of the files `published` of --data."""
-        known = {row["problem"] for x in published for row in read_jsonl(f"{self.s.data}/{x}")}
+        known = {line["problem"] for x in published for line in read_jsonl(f"{self.s.data}/{x}")}
         path, count = self.out / "train.jsonl", 16 if self.s.smoke else count
         write_jsonl(path, distinct(count, make, known).values())
         return path

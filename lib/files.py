@@ -73,13 +73,13 @@ def read_jsonl(path):
     Blank lines are skipped. Raises UserError with file and line.
     """
     with reading(path), (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as file:
-        rows = []
+        lines = []
         for number, line in enumerate(file, 1):
             with reading(place := f"{path}, line {number}"):
-                rows += [json_object(line) | {"_place": place}] if line.strip() else []
-    if not rows:
+                lines += [json_object(line) | {"_place": place}] if line.strip() else []
+    if not lines:
         raise UserError(f"{path}: the file is empty")
-    return rows
+    return lines
 
 
 def write_tensors(path, tensors, metadata=None):

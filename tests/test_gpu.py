@@ -9,6 +9,7 @@ import json
 from pathlib import Path
 import random
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -196,6 +197,28 @@ def test_attention(name, rule, dtype, tolerance):
     (got * weights.to(GPU)).sum().backward()
     for a, b in zip([got, *(x.grad for x in there)], [expected, *(x.grad for x in double)]):
         assert float((a.detach().double().cpu() - b).norm() / b.detach().norm()) < tolerance
+
+
+def test_the_package_flash_attn_equals_pytorch(monkeypatch):
+    """Output and gradients of causal attention, compiled, with the package and without it."""
+    pytest.importorskip("flash_attn")
+    row = data.to_device(data.pack_examples("latent", random_examples(20), 3), GPU)
+    torch.manual_seed(0)
+    inputs = [torch.randn(len(row.ids), heads, 64).bfloat16().to(GPU) for heads in (8, 2, 2)]
+    weights, found = torch.randn(len(row.ids), 8, 64, device=GPU), []
+    for package in (True, False):
+        if not package:
+            monkeypatch.setitem(sys.modules, "flash_attn", None)
+        attention.flash_varlen.cache_clear()
+        torch._dynamo.reset()
+        q, k, v = (x.clone().requires_grad_() for x in inputs)
+        attend = attention.PackedAttention(row.labels, masks.causal)
+        out = torch.compile(lambda q, k, v, attend=attend: attend(q, k, v))(q, k, v)
+        (out * weights).sum().backward()
+        found.append([out, q.grad, k.grad, v.grad])
+    attention.flash_varlen.cache_clear()
+    for a, b in zip(*found):
+        assert float((a - b).float().norm() / b.float().norm()) < 1e-2
 
 
 def test_no_recompilation(data, tmp_path, monkeypatch):

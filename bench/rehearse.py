@@ -2,6 +2,8 @@
 
     python bench/rehearse.py --config bench/configs/Llama-3.2-1B-Instruct.json \\
         --tokenizer DIR --data DIR --out DIR
+    ... --config bench/configs/DeepSeek-R1-Distill-Qwen-7B.json --join 40 \\
+        --train "--max-steps 4 --batch-size 8 --checkpoint-activations"
 
 A line for each command: seconds, GiB in use on the fullest GPU (with a CUDA context of this
 process), GB of files made. A line for each training: seconds from the start of the command to the
@@ -40,14 +42,16 @@ class Settings:
     out: str  # new directory of everything that is made
     join: int = 1  # written chains that make one chain
     problems: int = 8  # to evaluate
-    train: str = "--max-steps 6 --batch-size 512"  # added to commands that train
+    train: str = "--max-steps 6 --batch-size 512"  # added to commands that train; two words or more
     all_weights: bool = False  # also phase 2 with all weights
     gpus: int = 1  # for torchrun
 
 
 def write_checkpoint(directory, s):
     """A hub directory with random weights in shards of 5 GB."""
-    shutil.copytree(s.tokenizer, directory)
+    directory.mkdir(exist_ok=True)
+    for path in Path(s.tokenizer).glob("tokenizer*.json"):
+        shutil.copy(path, directory)
     shutil.copy(s.config, directory / "config.json")
     with torch.device("meta"):
         model = Model(read_config(directory))
@@ -100,10 +104,12 @@ def run(s, out, script, *words):
         sys.exit(1)
     size = sum(x.stat().st_size for x in made.rglob("*") if x.is_file()) / 1e9
     print(f"{script}: {time.time() - begin:.1f} s, {used:.1f} GiB, {size:.2f} GB")
-    for path, (first, *_, last) in times.items():
-        speed = read_jsonl(path)[-1]["tokens_per_s"]
-        each = (last - first) / (len(times[path]) - 1)
-        print(f"  {path.parent.name}: {first:.1f} s, {each:.2f} s per step, {speed:,} tokens/s")
+    for path, seen in times.items():
+        speed, each = (
+            read_jsonl(path)[-1]["tokens_per_s"],
+            (seen[-1] - seen[0]) / max(1, len(seen) - 1),
+        )
+        print(f"  {path.parent.name}: {seen[0]:.1f} s, {each:.2f} s per step, {speed:,} tokens/s")
 
 
 def main():

@@ -4,8 +4,8 @@
         --predictions runs/prosqa/eval-latent-r4-prosqa-test/prosqa-test.free.jsonl
 
 Takes the latents at which the written chain names a class. Prints how much of the five largest
-probabilities lies on (the first token of) this class, on the other children of the class reached so
-far, and on all other classes. Means over problems, for each sentence of the chain.
+probabilities lies on (the first token of) this class, and on the other children of the class
+reached so far; and in how many problems both are over 0.05. Means, for each sentence of the chain.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line
@@ -39,18 +39,18 @@ def main():
     s = parse(Settings, __doc__)
     base, _, reasoning = resolve(s.model)
     tokenizer, found = Tokenizer(base), defaultdict(list)
-    pairs = zip(read_jsonl(s.data), read_jsonl(s.predictions), strict=True)
-    for row, latents in [(row, line["latents"]) for row, line in pairs]:
-        edges = [(a, first(tokenizer, b)) for a, b in re.findall(IS_A, row["problem"])]
-        for sentence, match in enumerate(re.finditer(IS_A, row["cot"]), 1):
-            before = tokenizer.encode(row["cot"][: match.start(2) - 1])
-            right, classes = {first(tokenizer, match[2])}, {b for _, b in edges}
-            children = {b for a, b in edges if a == match[1]}
-            for latent in latents[len(before) // reasoning.compression :][:1]:
-                groups, mass = (right, children - right, classes - children), dict(latent)
-                found[sentence].append([sum(mass.get(x, 0) for x in group) for group in groups])
-    for sentence, masses in found.items():
-        print(f"sentence {sentence}, {len(masses)} problems: {np.mean(masses, axis=0).round(3)}")
+    for line, made in zip(read_jsonl(s.data), read_jsonl(s.predictions), strict=True):
+        edges = [(a, first(tokenizer, b)) for a, b in re.findall(IS_A, line["problem"])]
+        for sentence, match in enumerate(re.finditer(IS_A, line["cot"]), 1):
+            before = tokenizer.encode(line["cot"][: match.start(2) - 1])
+            right = first(tokenizer, match[2])
+            others = {child for parent, child in edges if parent == match[1]} - {right}
+            for latent in made["latents"][len(before) // reasoning.compression :][:1]:
+                mass = dict(latent)
+                masses = mass.get(right, 0), sum(mass.get(x, 0) for x in others)
+                found[sentence].append([*masses, min(masses) > 0.05])
+    for sentence, values in found.items():
+        print(f"sentence {sentence}, {len(values)} problems: {np.mean(values, axis=0).round(3)}")
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def main():
         Pipeline("demo", out, s, EVAL).run(
             out / "train.jsonl", [out / "test.jsonl"], sft, PHASE1, PHASE2, ("free", "random")
         )
-        parts = [["4", "a", "b", "d", "=", THINK], list("a3b6d1"), [END_THINK], ["1"]]
+        parts = [[*"4abd=", THINK], [*"a3b6d1"], [END_THINK], ["1"]]
         draw_masks(out / "masks.svg", parts, s.rates[0])
         print(f"\n{report(out)}\n{out}/masks.svg, demo.svg, table.md")
 

@@ -21,7 +21,7 @@ EVAL = dict(temperature=0, max_latents=128, max_new_tokens=160, batch_size=512)
 
 @settings
 class Settings(TaskSettings):
-    digits: int = 4  # of each factor
+    digits: int = 4  # of each factor, 3 or more
     problems: int = 131072  # to train on
     steps: int = 6000  # of phase 2
 

@@ -117,16 +117,18 @@ def n_eff(encoder, prompt, chains, z, top, top_ids, rng):
 
 
 def ecr(top_ids, parts):
-    """{K: mean over latents of how many tokens of its segment are among its K most likely ones}."""
+    """{"ecr@K": mean over latents: how many tokens of its segment are among its K most likely}."""
     pairs = list(zip(top_ids.tolist(), parts))
-    return {K: sum(t in ids[:K] for ids, part in pairs for t in part) / len(pairs) for K in ECR}
+    return {
+        f"ecr@{K}": sum(t in ids[:K] for ids, part in pairs for t in part) / len(pairs) for K in ECR
+    }
 
 
 def measure(prompt, chains, result, encoder, run, rng):
     """What is found about one problem: a dictionary of numbers."""
     probs, ids = (torch.from_numpy(np.stack(x)) for x in zip(*result.latents))
     found = distributions(run, prompt, probs, ids)
-    line = {f"ecr@{K}": x for K, x in ecr(found[2], segments(chains[0], encoder.r)).items()}
+    line = ecr(found[2], segments(chains[0], encoder.r))
     long = [c for c in chains if len(c) >= len(ids)]
     if len(long) > 1:  # else there is nothing to tell apart
         value, chance = n_eff(encoder, prompt, long, *found, rng)
@@ -139,7 +141,7 @@ def main():
     process, solutions = join(s.device), [*load_solutions(s.data).items()][: s.problems]
     where = process.device, process.dtype
     model, tokenizer, reasoning = load_model(s.model, *where)
-    phase1 = read_json(f"{s.model}/config.json")["phase1"]
+    phase1 = read_json(f"{s.model}/config.json").get("phase1")
     if not (phase1 and reasoning.top_k):
         raise UserError(f"{s.model}: N_eff needs an encoder, and latents with a top_k")
     base, _, _ = load_model(read_json(f"{phase1}/config.json")["start"], *where)

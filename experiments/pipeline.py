@@ -12,7 +12,7 @@ import time
 import torch
 
 from lib.cli import settings
-from lib.files import read_json, read_jsonl, write_json, write_text
+from lib.files import read_json, read_jsonl, reading, write_json, write_text
 
 SFT = dict(lr=5e-4, batch_size=128, row_tokens=17408)  # all trainings of SmolLM2-135M
 PHASE1 = SFT | dict(warmup=0.1, w_segment=1)
@@ -54,10 +54,10 @@ def write_jsonl(path, lines):
     write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
-def flags(**settings):
+def flags(**more):
     """--key value ... for a command line. True is a flag alone, False is none."""
     found = []
-    for key, value in settings.items():
+    for key, value in more.items():
         if value is not False:
             many = value if isinstance(value, list | tuple) else [value]
             found += ["--" + key.replace("_", "-"), *([] if value is True else map(str, many))]
@@ -70,23 +70,22 @@ class Pipeline:
     def __init__(self, task, out, s, evaluation):
         self.task, self.out, self.s = task, out, s
         smaller = {"max_latents": 4, "max_new_tokens": 4} if s.smoke else {}
-        self.evaluation, self.results = evaluation | smaller, []
+        self.evaluation, self.path = evaluation | smaller, out / "results.json"
+        known = json.loads(self.path.read_text()) if self.path.exists() else []
+        self.results = {(row["row"], row["test"]): row for row in known}
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the script that runs, too
 
-    def stage(self, script, name, **settings):
-        """Runs a script that writes out/name, or goes on with what is there. Returns the path.
-
-        If the script or this program fails, both end.
-        """
+    def stage(self, script, name, **more):
+        """Runs a script that writes out/name, or goes on with what is there. Returns the path."""
         print(f"\n{time.strftime('%H:%M:%S')} {name}: {script}", flush=True)
-        words = flags(out=self.out / name, device=self.s.device, **settings)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+        words = flags(out=self.out / name, device=self.s.device, **more)
         if subprocess.run([sys.executable, ROOT / script, *words]).returncode:
             sys.exit(1)
         return self.out / name
 
-    def train(self, script, name, **settings):
-        settings |= {"max_steps": 2, "batch_size": 4} if self.s.smoke else {}
-        return self.stage(script, name, seed=self.s.seed, **settings)
+    def train(self, script, name, **more):
+        more |= {"max_steps": 2, "batch_size": 4} if self.s.smoke else {}
+        return self.stage(script, name, seed=self.s.seed, **more)
 
     def generate(self, make, count, *published):
         """OUT/train.jsonl: `count` lines of make(), none of the files `published` of --data."""
@@ -104,15 +103,17 @@ class Pipeline:
     def run(self, data, tests, sft, phase1, phase2, arms=ARMS, valid=None):
         """Trains and tests everything. `data` is the training file.
 
-        Of the models along a run the best one on the file `valid` is tested; without it, all are.
+        Of the students along a run the best one on the file `valid` is tested; without it, all are.
         """
+        with reading("--train"):
+            kinds = {kind: KINDS[kind] for kind in self.s.train if kind != "answer-only"}
         cot = self.train("train_sft.py", "cot", data=data, **sft)
         self.rows("CoT-SFT", cot, tests)
         if "answer-only" in self.s.train:
             direct = self.train("train_sft.py", "answer-only", data=data, no_chain=True, **sft)
             self.rows("answer-only", direct, tests)
-        for r, kind in product(self.s.rates, [k for k in self.s.train if k != "answer-only"]):
-            name, row, files = f"{kind}-r{r}", f"{KINDS[kind]} r = {r}", {"data": data}
+        for r, kind in product(self.s.rates, kinds):
+            name, row, files = f"{kind}-r{r}", f"{kinds[kind]} r = {r}", {"data": data}
             less1, less2 = PAPER if kind == "paper" else ({}, {})
             if kind == "mux":
                 files["model"], how = cot, {"multiplex": self.s.rho, "compression": r}
@@ -132,14 +133,17 @@ class Pipeline:
     def evaluate(self, run, tests, arms=("free",)):
         """{"<file>.<arm>": summary} of a run."""
         name = f"eval-{run.relative_to(self.out)}-{tests[0].stem}".replace("/", "-")
-        settings = self.evaluation | {"model": run, "data": tests, "arms": arms}
-        return read_json(self.stage("eval.py", name, **settings) / "summary.json")
+        more = self.evaluation | {"model": run, "data": tests, "arms": arms}
+        return read_json(self.stage("eval.py", name, **more) / "summary.json")
 
     def accuracy(self, test, run):
         return self.evaluate(run, [test])[f"{test.stem}.free"]["accuracy"]
 
     def rows(self, name, run, tests, arms=("free",)):
-        """Evaluates a run and adds its rows to out/results.json. The first ones are CoT-SFT's."""
+        """Evaluates a run and adds its rows to out/results.json. CoT-SFT's come first.
+
+        share: of the chain written in the test file, or else of CoT-SFT's.
+        """
         of_run = run if run.parent == self.out else run.parent  # a kept model lies in its run
         phase1 = of_run.with_name(f"{of_run.name}-phase1").glob("*/finished.json")
         last, *others = (read_json(part) for part in (run / "finished.json", *phase1))
@@ -155,9 +159,10 @@ class Pipeline:
         for key, x in self.evaluate(run, tests, arms).items():
             test, arm = key.rsplit(".", 1)
             row = {"task": self.task, "row": name if arm == "free" else f"{name}, {arm}"}
-            row |= {"test": test, "chain_length": x["chain_length"]}
+            self.results[row["row"], test] = row
+            row |= {"test": test, "chain_length": round(x["chain_length"], 2)}
             row |= {k: round(x[k], 1) for k in ("accuracy", "interval")} | made
-            self.results.append(row)
-            written = next(r["chain_length"] for r in self.results if r["test"] == test)
-            row["share"] = round(x["chain_length"] / (written or 1), 2)
-        write_json(self.out / "results.json", self.results)
+            in_file = x["chain_length"] * x.get("compression", 0)
+            written = in_file or self.results["CoT-SFT", test]["chain_length"] or 1
+            row["share"] = round(x["chain_length"] / written, 2)
+        write_json(self.path, [*self.results.values()])

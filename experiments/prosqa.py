@@ -22,7 +22,7 @@ jelpus jompus kerpus lempus lorpus numpus quimpus rempus rompus rorpus scrompus 
 storpus terpus timpus tumpus vumpus worpus wumpus yerpus yimpus yumpus zhorpus zumpus
 """
 PROBLEMS = 17886  # to train on, as many as were published
-PARENTS = {0: 0.05, 1: 0.28, 2: 0.33, 3: 0.22, 4: 0.08, 5: 0.04}  # drawn; some are drawn twice
+PARENTS = {0: 0.05, 1: 0.28, 2: 0.33, 3: 0.22, 4: 0.08, 5: 0.04}  # draws; one may come twice
 LENGTHS = {3: 0.40, 4: 0.43, 5: 0.14, 6: 0.02}  # of a chain, in sentences
 WRONG = {1: 0.21, 2: 0.53, 3: 0.26}  # how far the wrong class is from the other person
 
@@ -32,11 +32,11 @@ def draw(rng, chances):
 
 
 def make_graph(rng):
-    """The parents of each node, and [{node: shortest path}, ...] of what descends from the two
-    people, nodes 0 and 1, and of nothing."""
-    parents, depth, paths = [set(), set()], [0, 0], [{0: [0]}, {1: [1]}, {}]
+    """The parents of each node, and {node: shortest path} of what descends from each of the two
+    people, nodes 0 and 1."""
+    parents, depth, paths = [set(), set()], [0, 0], [{0: [0]}, {1: [1]}]
     for node in range(2, round(rng.triangular(14, 28, 26))):
-        banned = paths[draw(rng, {0: 0.35, 1: 0.35, 2: 0.3})]
+        banned = [*paths, {}][draw(rng, {0: 0.35, 1: 0.35, 2: 0.3})]
         allowed = [n for n in range(node) if n not in banned]
         weights = [1 + 1.5 * depth[n] for n in allowed]
         chosen = {*rng.choices(allowed, weights, k=draw(rng, PARENTS))}
@@ -52,7 +52,7 @@ def make_example(rng):
     """One line of JSONL. Person 0 is asked about; a class that only person 1 reaches is wrong."""
     far, near, right, wrong = draw(rng, LENGTHS), draw(rng, WRONG), [], []
     while not (right and wrong):
-        parents, (mine, others, _) = make_graph(rng)
+        parents, (mine, others) = make_graph(rng)
         right = [path for n, path in mine.items() if len(path) == far + 1 and n not in others]
         wrong = [n for n, path in others.items() if len(path) == near + 1 and n not in mine]
     people, classes = (rng.sample(x, len(x)) for x in (PEOPLE.split(), CLASSES.split()))

@@ -19,12 +19,12 @@ COLUMNS = "row test accuracy interval chain_length share seed steps minutes gpu 
 
 def report(directory):
     """Writes table.md and the pictures into the directory of results.json. Returns the table."""
-    parts = []
-    with reading(directory / "results.json"):
-        rows = json.loads((directory / "results.json").read_text())
+    parts, path = [], directory / "results.json"
+    with reading(path):
+        rows = json.loads(path.read_text())
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
-        cells = [[str(row[key]).replace("None", "") for key in COLUMNS] for row in of_task]
+        cells = [["" if row[k] is None else str(row[k]) for k in COLUMNS] for row in of_task]
         cells = [[task, *COLUMNS[1:]], ["---"] * len(COLUMNS), *cells]
         parts.append("".join(f"| {' | '.join(line)} |\n" for line in cells))
         test = of_task[0]["test"]

@@ -15,7 +15,8 @@ from lib.errors import UserError
 from lib.files import read_json, write_json
 
 # Settings that may differ when a run goes on. A fact (the data's hash, ...) may not.
-FREE = "out device data model phase1 cache save_every keep arms shard checkpoint_activations"
+FREE = """out device data model phase1 cache save_every keep arms shard checkpoint_activations
+train rates"""
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,6 @@ def test_branches(command, tmp_path):
     code, printed, error = command(branches.main, "--model", model, *flags)
     assert code == 0, error
     assert printed.splitlines() == [
-        "sentence 1, 1 problems: [0.5 0.3 0.1]",
-        "sentence 2, 1 problems: [0.5 0.  0.1]",
+        "sentence 1, 1 problems: [0.5 0.3 1. ]",
+        "sentence 2, 1 problems: [0.5 0.  0. ]",
     ]

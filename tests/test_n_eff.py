@@ -132,4 +132,6 @@ def test_ecr():
         [[1, 2, 3, 4, 5, 6], [3, 4, 9, 9, 9, 9], [5, 6, 0, 0, 0, 0], [7, 8, 0, 0, 0, 0]]
     )
     found = n_eff.ecr(top, [[6, 5], [4, 3], [1]])
-    assert found[5] == (1 + 2 + 0) / 3 and found[10] == found[50] == (2 + 2 + 0) / 3
+    assert (
+        found["ecr@5"] == (1 + 2 + 0) / 3 and found["ecr@10"] == found["ecr@50"] == (2 + 2 + 0) / 3
+    )

@@ -30,20 +30,15 @@ def test_gsm8k(command, checkpoint, data, tmp_path):
         (source / f"{name}.jsonl").write_text(data.read_text())
     with gzip.open(source / "gsm8k-sub-train.jsonl.gz", "wt") as file:
         file.write(data.read_text())
-    kinds = ("answer-only", "latent")
-    rows = smoke(command, gsm8k.main, checkpoint(), source, tmp_path / "out", *kinds)
-    assert [*dict.fromkeys(r["row"] for r in rows)][:3] == [
-        "CoT-SFT",
-        "answer-only",
-        "Latent r = 2",
-    ]
-    assert {"Latent r = 2, random", "Latent r = 2, cut-4"} <= {r["row"] for r in rows}
-    latent = next(r for r in rows if r["row"] == "Latent r = 2")
+    rows = smoke(command, gsm8k.main, checkpoint(), source, tmp_path / "out", "mux")
+    assert [*dict.fromkeys(r["row"] for r in rows)][:2] == ["CoT-SFT", "MUX r = 2"]
+    assert {"MUX r = 2, random", "MUX r = 2, cut-4"} <= {r["row"] for r in rows}
+    latent = next(r for r in rows if r["row"] == "MUX r = 2")
     assert latent["test"] == "gsm8k-test" and latent["seed"] == 1 and latent["steps"] == 2
     assert latent["gpu"] == "CPU" and "--smoke" in latent["command"] and 0 <= latent["share"]
     table = report.report(tmp_path / "out")
     assert (
-        f"| Latent r = 2 | gsm8k-test | {latent['accuracy']} | {latent['interval']} |" in table
+        f"| MUX r = 2 | gsm8k-test | {latent['accuracy']} | {latent['interval']} |" in table
         and "<svg" in (tmp_path / "out" / "gsm8k.svg").read_text()
     )
     assert len((tmp_path / "out" / "gsm8k-train.jsonl").read_text().splitlines()) == 16

@@ -49,11 +49,11 @@ def train_file(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("real") / "train.jsonl"
     source = Path(os.environ.get("LATENT_SFT_DATA", "/nonexistent")) / "gsm8k-train.jsonl"
     lines = (
-        source.read_text().splitlines()[:3]
+        source.read_text().splitlines()[:2]
         if source.exists()
         else [
             json.dumps({"problem": p, "cot": c, "cot_answer": f"\\boxed{{{a}}}", "answer": a})
-            for p, c, a in ROWS
+            for p, c, a in ROWS[:2]
         ]
     )
     path.write_text("\n".join(lines) + "\n")
@@ -62,7 +62,7 @@ def train_file(tmp_path_factory) -> Path:
 
 def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
     model, data = os.environ["LATENT_SFT_MODEL"], ["--data", train_file]
-    settings = [*data, "--max-steps", 6, "--batch-size", 3, "--save-every", 100, "--device", "cpu"]
+    settings = [*data, "--max-steps", 6, "--batch-size", 2, "--save-every", 100, "--device", "cpu"]
 
     def trained(main, out, *arguments, steps=(".",)):
         """Runs a training of 6 steps, each on all examples, and checks that its loss fell."""
@@ -108,7 +108,7 @@ def test_the_whole_pipeline(command, train_file, tmp_path, monkeypatch):
     code, _, error = command(evaluation.main, *data, *benchmark)
     assert (
         code == 0
-        and json.loads((tmp_path / "eval" / "summary.json").read_text())["train.free"]["count"] == 3
+        and json.loads((tmp_path / "eval" / "summary.json").read_text())["train.free"]["count"] == 2
     ), error
 
     # the exported directory thinks and answers in transformers as it does here

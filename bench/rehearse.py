@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from experiments.demo import initialize  # noqa: E402
 from experiments.pipeline import write_jsonl  # noqa: E402
 from lib.cli import parse, settings  # noqa: E402
 from lib.files import read_jsonl, write_tensors  # noqa: E402
@@ -54,16 +55,14 @@ def write_checkpoint(directory, s):
         shutil.copy(path, directory)
     shutil.copy(s.config, directory / "config.json")
     with torch.device("meta"):
-        model = Model(read_config(directory))
+        model = Model(read_config(directory)).bfloat16()
+    initialize(model.to_empty(device="cpu"), torch.Generator().manual_seed(1), 0.02)
     shards, size = {}, 0
     for name, p in model.named_parameters():
-        shards.setdefault(int(size // 5e9) + 1, {})[hf_name(name)] = p.shape
+        shards.setdefault(int(size // 5e9) + 1, {})[hf_name(name)] = p
         size += 2 * p.numel()
-    for i, shapes in shards.items():
-        tensors = {name: torch.zeros(x, dtype=torch.bfloat16) for name, x in shapes.items()}
-        for name, x in tensors.items():
-            x.normal_(0, 0.02) if x.ndim > 1 else x.fill_(name.endswith("norm.weight"))
-        write_tensors(directory / f"model-{i:05}-of-{len(shards):05}.safetensors", tensors)
+    for i, shard in shards.items():
+        write_tensors(directory / f"model-{i:05}-of-{len(shards):05}.safetensors", shard)
 
 
 def joined(lines, count):
@@ -105,10 +104,8 @@ def run(s, out, script, *words):
     size = sum(x.stat().st_size for x in made.rglob("*") if x.is_file()) / 1e9
     print(f"{script}: {time.time() - begin:.1f} s, {used:.1f} GiB, {size:.2f} GB")
     for path, seen in times.items():
-        speed, each = (
-            read_jsonl(path)[-1]["tokens_per_s"],
-            (seen[-1] - seen[0]) / max(1, len(seen) - 1),
-        )
+        speed = read_jsonl(path)[-1]["tokens_per_s"]
+        each = (seen[-1] - seen[0]) / max(1, len(seen) - 1)
         print(f"  {path.parent.name}: {seen[0]:.1f} s, {each:.2f} s per step, {speed:,} tokens/s")
 
 

@@ -37,7 +37,7 @@ EVAL = dict(temperature=0, max_latents=20, max_new_tokens=40, batch_size=250)
 @settings
 class Settings(RunSettings):
     device: str = "cpu"  # cpu or cuda; the model is small
-    train: tuple[str, ...] = ("answer-only", "latent")  # what, besides CoT-SFT; or mux
+    train: tuple[str, ...] = ("answer-only", "latent")  # besides CoT-SFT; or paper, mux
 
 
 def make_example(rng, buttons):

@@ -20,12 +20,13 @@ Arms:
 
 import lib.errors  # noqa: F401  from here on an error is one line
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 import json
 import math
 from pathlib import Path
 import re
 import time
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -52,8 +53,7 @@ class Settings(SamplingParams):
     batch_size: int = 64  # sequences side by side
 
 
-@dataclass
-class Problem:
+class Problem(NamedTuple):
     text: str
     answer: str
     chain: str  # the written one, empty where the file has none
@@ -141,9 +141,8 @@ class Arm:
             self.sampler.prepare(prompts)
         begin = time.perf_counter()
         for number, result in self.sampler.generate(prompts, numbers):
-            seconds = time.perf_counter() - begin
-            line = {"number": number, **self.prediction(problems[number // samples], result)}
-            yield line | {"seconds": seconds}
+            line = {"number": number, "seconds": time.perf_counter() - begin}
+            yield line | self.prediction(problems[number // samples], result)
             begin = time.perf_counter()  # decoding and writing are not sampling
 
     def prediction(self, problem, r):
@@ -168,12 +167,13 @@ class Arm:
 def read_predictions(path, problems, samples):
     """The predictions in `path` by number. Rewrites them in order, graded, all lines whole."""
     lines = {}
-    for text in path.read_bytes().split(b"\n") if path.exists() else ():
-        if text.endswith(b"}"):
-            line = json.loads(text)
-            lines[line["number"]] = line
-            if line["problem"] != problems[line["number"] // samples].text:
-                raise UserError(f"{path}: predicts other problems; choose another --out")
+    path.touch()
+    for text in path.read_bytes().split(b"\n")[:-1]:  # a killed process leaves half a line
+        line = json.loads(text)
+        lines[line["number"]] = line
+        known = [p[:2] for p in problems[line["number"] // samples :][:1]]
+        if [(line["problem"], line["reference"])] != known:
+            raise UserError(f"{path}: predicts other problems; choose another --out")
     new = [line for line in lines.values() if "correct" not in line]
     for line, right in zip(new, grade([(x["reference"], x["answer"]) for x in new])):
         line["correct"] = right

@@ -150,8 +150,8 @@ def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
     torch.manual_seed(s.seed)
-    device = torch.device("cpu") if s.shard else process.device  # the layers are spread later
-    model, tokenizer, _ = load_model(s.model, device, process.dtype)
+    # with --shard the layers are spread later
+    model, tokenizer, _ = load_model(s.model, "cpu" if s.shard else process.device, process.dtype)
     examples = load_examples(s.data, tokenizer, process.say)
     for name in LEARNS["joint"]:
         lora.add_adapter(model, name, s.lora_rank, 2 * s.lora_rank, s.lora_dropout)

@@ -126,10 +126,10 @@ def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
     torch.manual_seed(s.seed)
-    device = torch.device("cpu") if s.shard else process.device  # the layers are spread later
     dtype = torch.float32 if s.all_weights else process.dtype
     start = start_of(s)
-    model, tokenizer, _ = load_model(start, device, dtype)
+    # with --shard the layers are spread later
+    model, tokenizer, _ = load_model(start, "cpu" if s.shard else process.device, dtype)
     examples = load_examples(s.data, tokenizer, process.say)
     made, cached = read_cache(s.cache, identity(s, len(examples)))
     reasoning = Reasoning("latent", made["top_k"], made["compression"])

@@ -260,7 +260,7 @@ def test_stopped_evaluation_goes_on(command, thinker, data, tmp_path, monkeypatc
     def prediction(self, problem, r):
         if len(done) == 33:
             with open(stopped, "a") as f:
-                f.write('{"number": 7, "prob')
+                f.write('{"number": 7, "answer": "\\\\boxed{7}')
             raise KeyboardInterrupt
         done.append(problem.text)
         return real(self, problem, r)
@@ -288,11 +288,18 @@ def test_stopped_evaluation_goes_on(command, thinker, data, tmp_path, monkeypatc
     assert code == 1 and "was made with seed = 1, not 9" in error
     other = tmp_path / "other" / "train.jsonl"  # a file of the same name
     other.parent.mkdir()
-    other.write_text("".join(reversed(data.read_text().splitlines(True))))
-    code, _, error = command(
-        evaluation.main, *arguments, "--out", tmp_path / "stopped", "--data", other
-    )
-    assert code == 1 and "predicts other problems" in error
+    lines = data.read_text().splitlines(True)
+    for changed in (
+        lines[::-1],
+        lines[:1],
+        [x.replace('"answer": "1"', '"answer": "2"') for x in lines],
+    ):
+        other.write_text("".join(changed))
+        assert changed != lines
+        code, _, error = command(
+            evaluation.main, *arguments, "--out", tmp_path / "stopped", "--data", other
+        )
+        assert code == 1 and "predicts other problems" in error
 
 
 def test_arms(command, checkpoint, thinker, data, tmp_path):

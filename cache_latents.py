@@ -50,7 +50,7 @@ def start_of(s):
 
 def identity(s, count):
     """What a cache depends on. Phase 2 compares it with what it is about to train on."""
-    found = {"count": count, "data_hash": file_hash(s.data)}
+    found = {"count": count, "data_hash": file_hash(s.data), "encoder": None}
     found["tokenizer"] = file_hash(resolve(start_of(s))[0] / "tokenizer.json")
     if s.phase1:
         config = finished_phase1(s.phase1)

@@ -51,7 +51,7 @@ def load_examples(path, tokenizer, say=print, chain=True):
     examples, lines = [], read_jsonl(path)
     for line in lines:
         with reading(line["_place"]):
-            has_chain = chain and line["cot"] != ""
+            has_chain = chain and str(line["cot"]).strip()
             tokens = tokenizer.encode(written_chain(line)) if has_chain else []
             answer = tokenizer.encode(text_field(line, "cot_answer")) + [tokenizer.end_of_turn]
             prompt = tokenizer.prompt(text_field(line, "problem"))

@@ -22,7 +22,6 @@ import lib.errors  # noqa: F401  from here on an error is one line
 
 from dataclasses import replace
 import json
-import math
 from pathlib import Path
 import re
 import time
@@ -65,8 +64,7 @@ def load_problems(path):
     for line in read_jsonl(path):
         with reading(line["_place"]):
             answer = line["answer"] if "answer" in line else boxed(text_field(line, "cot_answer"))
-            if type(answer) is int or type(answer) is float and math.isfinite(answer):
-                answer = str(answer)
+            answer = str(answer) if type(answer) in (int, float) else answer
             answer = text_field({"answer": answer}, "answer")
             chain = written_chain(line) if line.get("cot") else ""
             problems.append(Problem(text_field(line, "problem"), answer, chain))
@@ -137,8 +135,7 @@ class Arm:
         if self.name == "other":
             before = [prompt(problems[n // samples - 1].text) for n in numbers]
             self.others = dict(self.free.generate(before, numbers))
-        if numbers:
-            self.sampler.prepare(prompts)
+        self.sampler.prepare(prompts)
         begin = time.perf_counter()
         for number, result in self.sampler.generate(prompts, numbers):
             line = {"number": number, "seconds": time.perf_counter() - begin}
@@ -204,8 +201,7 @@ def main():
         raise UserError("--data: two files have the same name, which names their results")
     loaded = load_model(s.model, process.device, process.dtype)
     arms, summaries = [Arm(name, s, *loaded) for name in s.arms], {}
-    weights = from_rank0(lambda: fingerprint(s.model))
-    with output_directory(s.out, s, command="eval", weights=weights) as out:
+    with output_directory(s.out, s, command="eval", weights=fingerprint(s.model)) as out:
         for file, of_file in problems.items():
             for arm in arms:
                 name = f"{file}.{arm.name}"

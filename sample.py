@@ -126,8 +126,7 @@ class Sampler:
         """
         each, running = zip(prompts, numbers or range(len(prompts))), {}
         waiting = deque(Sequence(*x, self) for x in each)
-        if prompts:
-            self.prepare(prompts)
+        self.prepare(prompts)
         while waiting or running:
             free = [slot for slot in range(len(self.token)) if slot not in running]
             if new := {slot: waiting.popleft() for slot in free[: len(waiting)]}:
@@ -146,8 +145,7 @@ class Sampler:
     def _advance(self, running):
         """Lets each sequence decide. Returns what each slot reads next."""
         reads = [DONE] * len(self.token)
-        said, probs, ids = self.said.tolist(), self.probs.cpu().numpy(), self.ids.cpu().numpy()
-        probs, ids = probs.copy(), ids.copy()
+        said, probs, ids = self.said.tolist(), *(np.array(x.cpu()) for x in (self.probs, self.ids))
         for slot, s in running.items():
             latent = probs[slot], ids[slot]  # views: the sequence will have what replaces them
             reads[slot] = s.advance(*said[slot], latent)
@@ -165,10 +163,10 @@ class Sampler:
         What is there from before is kept if it will do.
         """
         p, device, model = self.params, self.device, self.model
-        longest = max(map(len, prompts)) + p.max_latents + len(self.end_think) + p.max_new_tokens
-        length = -(-longest // BLOCK) * BLOCK
+        longest = max(map(len, prompts), default=0) + len(self.end_think)
+        length = -(-(longest + p.max_latents + p.max_new_tokens) // BLOCK) * BLOCK
         B = min(self.batch_size or 1, len(prompts))
-        if self.cache and self.cache.kv.shape[-2] >= length and len(self.token) >= B:
+        if not prompts or self.cache and self.cache.kv.shape[-2] >= length and len(self.token) >= B:
             return
         self.cache = None
         self.cache = KVCache(model.config, B, length, device, model.head.dtype)
@@ -177,7 +175,7 @@ class Sampler:
         self.slots, self.token = torch.arange(B, device=device), whole(B) + DONE
         self.said = whole(B, 2)  # the token that each would say, and its most likely one
         self.uniform = zeros(B, length)  # a random number for each position
-        k = self.k or min(SHOWN, len(model.head))
+        k = self.k or SHOWN
         self.probs, self.ids = zeros(B, k), whole(B, k)
         self.z = model.head.new_zeros(B, model.config.hidden_size)  # what they would think
         self.step = self._step

@@ -26,6 +26,7 @@ from lib.cli import settings
 from lib.errors import UserError
 from lib.files import file_hash, read_tensors, write_json, write_tensors, write_text
 from lib.run import barrier, output_directory
+from load_hf_weights import fingerprint
 
 ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.01)
 
@@ -72,9 +73,9 @@ class Task(nn.Module):
 
 def run_directory(s, command, start, reasoning, **facts):
     """The locked output directory of a training that starts from the model `start`."""
-    facts |= {"command": command, "start": str(Path(start).resolve())}
-    facts |= {"data_hash": file_hash(s.data), "reasoning": asdict(reasoning)}
-    return output_directory(s.out, s, **facts)
+    origin = {"command": command, "start": str(Path(start).resolve())}
+    origin |= {"weights": fingerprint(start), "data_hash": file_hash(s.data)}
+    return output_directory(s.out, s, **origin, reasoning=asdict(reasoning), **facts)
 
 
 def make_runner(model, s, process, shard=False):
@@ -125,10 +126,10 @@ def train(task, examples, s, process, out):
         fitting = [e for e in examples if task.length(e) <= s.row_tokens]
         if skipped := len(examples) - len(fitting):
             process.say(f"skipped {skipped} examples longer than --row-tokens {s.row_tokens}")
-        if not fitting or s.batch_size % process.world:
-            raise UserError(
-                "--row-tokens: no example fits; or --batch-size: ranks need equal shares"
-            )
+        if not fitting:
+            raise UserError(f"--row-tokens {s.row_tokens}: no example of {s.data} fits")
+        if s.batch_size % process.world:
+            raise UserError(f"--batch-size {s.batch_size}: the ranks need equal shares")
         Trainer(task, fitting, s, process, out).loop()
         task.run.forget()
     barrier()
@@ -139,9 +140,9 @@ class Trainer:
     def __init__(self, task, examples, s, process, out):
         self.task, self.examples, self.s, self.process, self.out = task, examples, s, process, out
         self.steps = s.max_steps or math.ceil(s.epochs * len(examples) / s.batch_size)
-        device, share = process.device, s.batch_size / process.world
+        device, lengths = process.device, [*map(task.length, examples)]
         task.to(device).train()
-        self.shape = row_shape([*map(task.length, examples)], share, s.row_tokens, device)
+        self.shape = row_shape(lengths, s.batch_size / process.world, s.row_tokens, device)
         self.learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.learned.values(), **ADAMW, fused=fused)

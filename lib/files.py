@@ -56,7 +56,7 @@ def write_json(path, value):
 
 def json_object(text):
     value = json.loads(text)
-    json.dumps(value, ensure_ascii=False).encode()  # fails on half a character
+    json.dumps(value, ensure_ascii=False, allow_nan=False).encode()  # and no half a character
     if not isinstance(value, dict):
         raise ValueError("not a JSON object")
     return value

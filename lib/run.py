@@ -112,12 +112,12 @@ def output_directory(out, settings=None, **facts):
 
 def begin_or_continue(out, settings, facts):
     """Writes config.json, or compares it if there are results. A missing key is a default."""
-    path, new = out / "config.json", asdict(settings) | facts
+    path, new = out / "config.json", facts | asdict(settings) | facts
     if not (path.exists() and [*out.rglob("*.safetensors"), *out.glob("*.*.jsonl")]):
         return write_json(path, new)
     old = read_json(path)
-    for key in new.keys() - (set(FREE.split()) - facts.keys()):
-        was = json.dumps(old.get(key, getattr(type(settings), key, None)))
+    for key in [key for key in new if key in facts or key not in FREE.split()]:
+        was = json.dumps(old.get(key, getattr(type(settings), key, new[key])))
         if was != json.dumps(new[key]):
             what = f"was made with {key} = {was}, not {json.dumps(new[key])}"
             raise UserError(f"{out}: {what}; choose another --out, or the same settings")

@@ -152,10 +152,11 @@ class Tokenizer:
         for name, key in files.items():
             file = path.with_name(name)
             found = read_json(file).get(key) if file.exists() else None
-            if isinstance(found, (int, list)):
-                return found if isinstance(found, int) else found[0]
-            if found:
-                return self.added[found["content"] if isinstance(found, dict) else found]
+            match found:
+                case int(number) | [number, *_]:
+                    return number
+                case str(text) | {"content": text}:
+                    return self.added[text]
         return self.added[default]
 
     def _markup(self, text, problem=""):

@@ -118,6 +118,7 @@ def test_phase2_refuses_what_does_not_fit(command, checkpoint, data, run, tmp_pa
         (phase2_arguments(other_run, data, cache, out), "encoder is"),
         (phase2_arguments(other_base, data, cache, out), "encoder is"),
         (phase2_arguments(run, data, tmp_path / "nowhere", out), "is no finished cache"),
+        (flags(model=checkpoint(), cache=cache, data=data, out=out), "and None here"),
     ):
         code, _, error = command(train_phase2.main, *arguments)
         assert code == 1 and words in error and error.count("\n") == 1, error

@@ -57,6 +57,8 @@ LINE = {"problem": "1+1", "cot": "2", "cot_answer": "\\boxed{2}"}
         (json.dumps(LINE | {"cot_answer": 7}), ["line 1", '"cot_answer" is empty or not a string']),
         (json.dumps(LINE | {"cot": "<think></think>"}), ["no line has a chain"]),
         (json.dumps(LINE | {"cot": ""}), ["no line has a chain"]),
+        (json.dumps(LINE | {"cot": " "}), ["no line has a chain"]),
+        (json.dumps(LINE | {"cot": 2}), ["line 1", '"cot" is empty or not a string']),
         (json.dumps(LINE | {"cot": "<think>2</think>so 2"}), ["line 1", "in its middle"]),
         (json.dumps(LINE | {"cot": ["1", "2"]}), ["line 1", '"cot" is empty or not a string']),
         ("", ["the file is empty"]),
@@ -219,6 +221,7 @@ def test_unknown_architecture_and_truncated_weights(fails, checkpoint, data, tmp
         (["--compression", "two"], 2),
         (["--steps", "all"], 1),
         (["--lora-dropout", -1], 2),
+        (["--lora-dropout", 2], 1),
         (["--seed", -1], 2),
         (["--epochs", "inf"], 2),
         (["--epochs", "1e999"], 2),
@@ -239,7 +242,7 @@ def test_too_long_examples_are_counted(command, fails, checkpoint, data, tmp_pat
     fails(
         train_sft.main,
         sft(checkpoint(), data, tmp_path / "none", "--row-tokens", 3),
-        "--row-tokens: no example fits",
+        "fits",
     )
     assert (
         command(train_sft.main, *sft(checkpoint(), data, tmp_path / "none"))[0] == 0
@@ -268,7 +271,7 @@ def test_an_output_of_another_run(command, fails, checkpoint, data, tmp_path):
         sft(checkpoint(), data, out, "--lr", 0.5),
         "was made with lr = 2e-05, not 0.5",
     )
-    fails(train_phase1.main, [*sft(checkpoint(), data, out)], "was made with ")
+    fails(train_phase1.main, [*sft(checkpoint(), data, out)], 'was made with command = "train_sft"')
     assert before == {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
@@ -281,6 +284,21 @@ def test_an_output_of_another_run(command, fails, checkpoint, data, tmp_path):
         "was not made by this program",
     )
     assert [f.name for f in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_a_start_model_that_changed(command, fails, checkpoint, data, tmp_path):
+    """Adapters belong to the weights that they learned on. An old run, without the hash, goes on."""
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(checkpoint(), start)
+    arguments = [*sft(start, data, out), "--lora-rank", 4]
+    assert command(train_phase1.main, *arguments)[0] == 0
+    weights, metadata = files.read_tensors(start / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    files.write_tensors(start / "model.safetensors", weights, metadata)
+    fails(train_phase1.main, arguments, "was made with weights = ")
+    config = files.read_json(out / "config.json")
+    files.write_json(out / "config.json", {k: x for k, x in config.items() if k != "weights"})
+    assert command(train_phase1.main, *arguments)[0] == 0
 
 
 @pytest.mark.parametrize("script,limit", [("train_sft.py", 60_000), ("train_phase1.py", 20_000)])

@@ -97,7 +97,7 @@ def flash_varlen():
         return lambda q, k, v, at, n: flash(q, k, v, at, at, n, n, causal=True)
     except ImportError:
         from torch.nn.attention.varlen import varlen_attn
-    # torch 2.11 has no such argument and takes grouped heads without it
+    # torch 2.11 takes grouped heads without this argument
     gqa = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     return lambda q, k, v, at, n: varlen_attn(q, k, v, at, at, n, n, window_size=(-1, 0), **gqa)
 

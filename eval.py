@@ -6,7 +6,7 @@
 
 Reads {"problem", "answer"} lines, or training lines, whose answer is the box in "cot_answer".
 Appends each prediction to OUT/<file>.<arm>.jsonl as it is made, and skips what is there. Writes
-OUT/summary.json. Under torchrun, ranks share the problems.
+OUT/summary.json, of this command's files and arms. Under torchrun, ranks share the problems.
 
 Arms:
     free     thinks and answers as the model likes

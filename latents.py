@@ -27,7 +27,8 @@ def superpose(probs, ids, embedding):
 def induce(hidden_states, embedding, k):
     """alpha of hidden states [n, hidden_size]: top_probs of h E^T, E an embedding or head.
 
-    Differentiable in the hidden states. For k > 0 the full logits only find the k ids.
+    Differentiable in the hidden states. For k > 0 the full logits only find the k ids. The k logits
+    are then computed again, in float32 and with a gradient. So no gradient is [n, V].
     """
     if k == 0:
         return top_probs(hidden_states @ embedding.T, 0)

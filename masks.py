@@ -19,8 +19,8 @@ class Labels:
 
     document: [T], which example, ascending.
     kind: [T], PROMPT, TEXT, LATENT or ANSWER.
-    segment: [T]. Encoder: i for S_i and L_i. Decoder: i for Z_i and for S_{i+1}, which may see it.
-        Else 0, or unused.
+    segment: [T]. i for L_i and Z_i. i for S_i, but i - 1 in the decoder: S_i may see Z_{i-1}.
+        0 for prompt and answer.
     starts: [documents + 1], where each document begins, and T. Unused documents have length 0.
     longest: an int, at least the length of the longest document.
     """
@@ -49,7 +49,7 @@ def induction(labels, q, k):
 
 def supervision(labels, q, k):
     """Decoder: causal. A chain token sees its Z and its own segment. Others see no chain token."""
-    same_segment = labels.segment[q] == labels.segment[k]  # 0 for prompt and answer
+    same_segment = labels.segment[q] == labels.segment[k]  # prompt and answer have 0
     seen_by_others = labels.kind[k] != TEXT
     is_text = labels.kind[q] == TEXT
     return causal(labels, q, k) & torch.where(is_text, same_segment, seen_by_others)

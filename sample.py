@@ -147,7 +147,7 @@ class Sampler:
         reads = [DONE] * len(self.token)
         said, probs, ids = self.said.tolist(), *(np.array(x.cpu()) for x in (self.probs, self.ids))
         for slot, s in running.items():
-            latent = probs[slot], ids[slot]  # views: the sequence will have what replaces them
+            latent = probs[slot], ids[slot]  # views: the sequence keeps what replaces them below
             reads[slot] = s.advance(*said[slot], latent)
             if self.replace and reads[slot] == THOUGHT:  # the one place where a latent is replaced
                 probs[slot], ids[slot] = self.replace(s, *latent)

@@ -147,7 +147,7 @@ class Trainer:
         fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(self.learned.values(), **ADAMW, fused=fused)
         for p in self.learned.values():
-            p.grad = torch.zeros_like(p)  # CUDA graphs reuse their memory: backward adds to it
+            p.grad = torch.zeros_like(p)  # else it would be memory that a CUDA graph overwrites
         self.progress, self.builder = {"steps": 0, "seconds": 0.0}, ThreadPoolExecutor(1)
         self.ddp = task
         if process.world > 1:  # CUDA graphs must be recorded before DDP holds the gradients' nodes

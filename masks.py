@@ -19,7 +19,7 @@ class Labels:
 
     document: [T], which example, ascending.
     kind: [T], PROMPT, TEXT, LATENT or ANSWER.
-    segment: [T]. i for L_i and Z_i. i for S_i, but i - 1 in the decoder: S_i may see Z_{i-1}.
+    segment: [T]. i for S_i, L_i and Z_i. In the decoder S_{i+1} has i: it continues Z_i.
         0 for prompt and answer.
     starts: [documents + 1], where each document begins, and T. Unused documents have length 0.
     longest: an int, at least the length of the longest document.

@@ -145,7 +145,8 @@ class Sampler:
     def _advance(self, running):
         """Lets each sequence decide. Returns what each slot reads next."""
         reads = [DONE] * len(self.token)
-        said, probs, ids = self.said.tolist(), *(np.array(x.cpu()) for x in (self.probs, self.ids))
+        said = self.said.tolist()
+        probs, ids = (x.cpu().numpy().copy() for x in (self.probs, self.ids))
         for slot, s in running.items():
             latent = probs[slot], ids[slot]  # views: the sequence keeps what replaces them below
             reads[slot] = s.advance(*said[slot], latent)

@@ -201,7 +201,7 @@ class Trainer:
             # ranks exchange gradients in the last backward only
             self.ddp.require_backward_grad_sync = i == len(rows) - 1
             parts = self.ddp(to_device(row.result(), process.device))
-            loss = sum(w * parts[k] / counts[k] for k, w in weights.items())
+            loss = sum(weights[k] * x / counts[k] for k, x in parts.items())
             (process.world * loss).backward()  # DDP averages over ranks
             sums = {k: x + parts[k].detach() for k, x in sums.items()}
         return {k: x / counts[k] for k, x in zip(sums, process.sum(sums.values()))}

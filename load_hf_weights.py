@@ -23,8 +23,8 @@ import lora
 from model import Config, Model, rotary_frequencies
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-COPIED = "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json"
-COPIED += " merges.txt chat_template.jinja generation_config.json"
+COPIED = """tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json
+vocab.json merges.txt chat_template.jinja generation_config.json"""
 
 
 @settings

@@ -23,7 +23,7 @@ class Adapter(nn.Module):
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
-        self.scale, self.dropout = alpha / rank, nn.Dropout(dropout).p
+        self.scale, self.dropout = alpha / rank, dropout
 
     def delta(self):
         """The update [out, in] of the linear's weight."""

@@ -18,7 +18,7 @@ import torch
 from attention import BLOCK, KVCache
 from data import Example, pack_examples, to_device
 from latents import add_noise, superpose, top_probs
-from lib.cli import parse, settings
+from lib.cli import parse, positive, settings, share
 from lib.errors import UserError
 from lib.fast import recorded
 from lib.run import join
@@ -38,9 +38,9 @@ class SamplingParams:
     max_latents: int = 256  # latent budget; then </think> is fed
     max_new_tokens: int = 512  # budget of sampled tokens
     temperature: float = 0.6  # 0: greedy
-    top_p: float = 0.95  # share of the probability that is sampled from
+    top_p: share = 0.95  # share of the probability that is sampled from
     noise: float = 0.0  # scale of the Gumbel noise on the latents
-    noise_temperature: float = 1.0  # temperature of the noisy softmax
+    noise_temperature: positive = 1.0  # temperature of the noisy softmax
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
 
@@ -124,8 +124,8 @@ class Sampler:
         A prompt's random numbers depend on the seed and its number (its place, or `numbers`), not
         on the batch. After each step watch(sequence) is called with each unfinished one.
         """
-        each, running = zip(prompts, numbers or range(len(prompts))), {}
-        waiting = deque(Sequence(*x, self) for x in each)
+        numbers, running = numbers or range(len(prompts)), {}
+        waiting = deque(Sequence(*x, self) for x in zip(prompts, numbers))
         self.prepare(prompts)
         while waiting or running:
             free = [slot for slot in range(len(self.token)) if slot not in running]
@@ -166,7 +166,7 @@ class Sampler:
         p, device, model = self.params, self.device, self.model
         longest = max(map(len, prompts), default=0) + len(self.end_think)
         length = -(-(longest + p.max_latents + p.max_new_tokens) // BLOCK) * BLOCK
-        B = min(self.batch_size or 1, len(prompts))
+        B = min(self.batch_size, len(prompts))
         if not prompts or self.cache and self.cache.kv.shape[-2] >= length and len(self.token) >= B:
             return
         self.cache = None

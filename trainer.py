@@ -22,13 +22,11 @@ from tqdm import tqdm
 
 from attention import Runner
 from data import distribute, num_tokens, row_shape, to_device
-from lib.cli import settings
+from lib.cli import count, settings, share
 from lib.errors import UserError
 from lib.files import file_hash, read_tensors, write_json, write_tensors, write_text
 from lib.run import barrier, output_directory
 from load_hf_weights import fingerprint
-
-ADAMW = dict(betas=(0.9, 0.95), weight_decay=0.01)
 
 
 @settings
@@ -38,9 +36,9 @@ class TrainingSettings:
     lr: float = 1e-4  # peak learning rate
     epochs: float = 3.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0: as --epochs says
-    batch_size: int = 128  # examples per step, over all ranks
-    row_tokens: int = 8192  # tokens of a packed row (micro-batch)
-    warmup: float = 0.05  # share of the steps before the cosine to zero
+    batch_size: count = 128  # examples per step, over all ranks
+    row_tokens: count = 8192  # tokens of a packed row (micro-batch)
+    warmup: share = 0.05  # share of the steps before the cosine to zero
     save_every: float = 10.0  # seconds between saved states, more where saving takes long
     keep: int = 0  # models to keep on the way, as step-N beside the last
     checkpoint_activations: bool = False  # less memory: backward computes each layer again
@@ -145,7 +143,9 @@ class Trainer:
         self.shape = row_shape(lengths, s.batch_size / process.world, s.row_tokens, device)
         self.learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
         fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.learned.values(), **ADAMW, fused=fused)
+        self.optimizer = torch.optim.AdamW(
+            self.learned.values(), betas=(0.9, 0.95), weight_decay=0.01, fused=fused
+        )
         for p in self.learned.values():
             p.grad = torch.zeros_like(p)  # else it would be memory that a CUDA graph overwrites
         self.progress, self.builder = {"steps": 0, "seconds": 0.0}, ThreadPoolExecutor(1)
@@ -219,8 +219,10 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=False)
         if self.process.main and not math.isfinite(loss + norm):
-            what = f"{self.out}: at step {step + 1} the loss is {loss:.4g}, its gradient {norm:.4g}"
-            raise UserError(f"{what}; begin again in another --out with a smaller --lr")
+            raise UserError(
+                f"{self.out}: at step {step + 1} the loss is {loss:.4g}, its gradient {norm:.4g}; "
+                "begin again in another --out with a smaller --lr"
+            )
         self.progress |= {"steps": step + 1, "loss": loss}
         tokens = sum(num_tokens(name, e, task.r) for e in examples for name in task.layouts)
         line = {"step": step + 1, "loss": loss, **means, "lr": rate, "grad_norm": norm}

@@ -3,24 +3,27 @@
 import argparse
 from dataclasses import MISSING, dataclass, fields
 import inspect
-import math
 import re
 from typing import get_args
 
 settings = dataclass(frozen=True, kw_only=True)  # decorates a class of settings
 
 
-def number(kind):
-    """The type of a numeric flag: finite and not negative."""
+def number(kind, low=0, high=1e300):
+    """The type of a numeric flag, from `low` to `high`. Plain int and float are 0 or more."""
 
     def convert(text):
         value = kind(text)
-        if not 0 <= value < math.inf:
+        if not low <= value <= high:
             raise ValueError
         return value
 
-    convert.__name__ = f"{kind.__name__} (0 or more)"
+    convert.__name__ = f"{kind.__name__} ({low} or more)"
     return convert
+
+
+count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0.01)
+share.__name__ = "share (0 to 1)"
 
 
 def comments(cls):

@@ -116,8 +116,11 @@ def begin_or_continue(out, settings, facts):
     if not (path.exists() and [*out.rglob("*.safetensors"), *out.glob("*.*.jsonl")]):
         return write_json(path, new)
     old = read_json(path)
-    for key in [key for key in new if key in facts or key not in FREE.split()]:
+    for key in new:
         was = json.dumps(old.get(key, getattr(type(settings), key, new[key])))
-        if was != json.dumps(new[key]):
-            what = f"was made with {key} = {was}, not {json.dumps(new[key])}"
-            raise UserError(f"{out}: {what}; choose another --out, or the same settings")
+        matters = key in facts or key not in FREE.split()
+        if matters and was != json.dumps(new[key]):
+            raise UserError(
+                f"{out}: was made with {key} = {was}, not {json.dumps(new[key])}; "
+                "choose another --out, or the same settings"
+            )

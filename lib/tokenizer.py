@@ -35,8 +35,8 @@ SPLITS = {
 }
 
 NFC, NO_NORMALIZER = {"type": "NFC"}, {"type": "Sequence", "normalizers": []}
-UNUSUAL = "byte_fallback dropout unk_token continuing_subword_prefix end_of_word_suffix"
-UNUSUAL += " lstrip rstrip single_word add_prefix_space invert"
+UNUSUAL = """byte_fallback dropout unk_token continuing_subword_prefix end_of_word_suffix
+lstrip rstrip single_word add_prefix_space invert"""
 
 # A family's end of turn, and its prompt, which begins with a token that only it has. The prompts
 # are the authors' (Llama 3 without <|begin_of_text|>). The last is for a base model, or the demo's.

@@ -215,13 +215,16 @@ def test_unknown_architecture_and_truncated_weights(fails, checkpoint, data, tmp
 @pytest.mark.parametrize(
     "arguments,code",
     [
-        (["--compression", 0], 1),
-        (["--batch-size", 0], 1),
+        (["--compression", 0], 2),
+        (["--batch-size", 0], 2),
+        (["--row-tokens", 0], 2),
+        (["--lora-rank", 0], 2),
+        (["--warmup", 1.1], 2),
         (["--top-k", -2], 2),
         (["--compression", "two"], 2),
         (["--steps", "all"], 1),
         (["--lora-dropout", -1], 2),
-        (["--lora-dropout", 2], 1),
+        (["--lora-dropout", 2], 2),
         (["--seed", -1], 2),
         (["--epochs", "inf"], 2),
         (["--epochs", "1e999"], 2),
@@ -232,6 +235,16 @@ def test_bad_numbers(command, fails, checkpoint, data, tmp_path, arguments, code
     out = tmp_path / "out"
     fails(train_phase1.main, [*sft(checkpoint(), data, out), *arguments], code=code)
     assert command(train_phase1.main, *sft(checkpoint(), data, out))[0] == 0  # no obstacle
+
+
+def test_the_range_of_a_number_is_named(fails, thinker):
+    start = ["--model", thinker(), "--prompt", "1"]
+    for flag, value, words in (
+        ("--top-p", 1.5, "invalid share (0 to 1) value: '1.5'"),
+        ("--noise-temperature", 0, "invalid float (0.01 or more) value: '0'"),
+        ("--temperature", -1, "invalid float (0 or more) value: '-1'"),
+    ):
+        fails(sample.main, [*start, flag, value], flag, words, code=2)
 
 
 def test_too_long_examples_are_counted(command, fails, checkpoint, data, tmp_path):

@@ -93,11 +93,11 @@ def test_hostile_answers_cost_seconds():
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_the_grader_ends_with_its_parent(how):
-    """Also while it works on an answer that takes forever."""
+    """Also while it works on an answer that takes forever: its CPU time is limited."""
     program = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from lib.grader import grade
-grade([("5", "\\\\boxed{{10^{{10^{{10^{{10}}}}}}}}")], 1000)"""
+grade([("5", "\\\\boxed{{10^{{10^{{10^{{10}}}}}}}}")])"""
     parent = subprocess.Popen([sys.executable, "-c", program])
     worker, begin = None, time.time()
     while not worker or processor_seconds(worker) < 4:  # its imports take one
@@ -107,7 +107,7 @@ grade([("5", "\\\\boxed{{10^{{10^{{10^{{10}}}}}}}}")], 1000)"""
     assert is_running(worker)
     os.kill(parent.pid, how)
     parent.wait()
-    for _ in range(100):
+    for _ in range(300):
         if not is_running(worker):
             break
         time.sleep(0.1)

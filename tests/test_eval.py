@@ -97,7 +97,7 @@ def test_the_grader_ends_with_its_parent(how):
     program = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from lib.grader import grade
-grade([("5", "\\\\boxed{{10^{{10^{{10^{{10}}}}}}}}")])"""
+grade([("5", "\\\\boxed{{10^{{10^{{10^{{10}}}}}}}}")], 6)"""
     parent = subprocess.Popen([sys.executable, "-c", program])
     worker, begin = None, time.time()
     while not worker or processor_seconds(worker) < 4:  # its imports take one

@@ -17,13 +17,13 @@ from model import project as base_project
 class Adapter(nn.Module):
     """A [rank, in] and B [out, rank] in float32. B starts at zero, so the adapter adds nothing."""
 
-    def __init__(self, linear, rank, alpha, dropout):
+    def __init__(self, linear, rank, lora_alpha, dropout):
         super().__init__()
         device = linear.weight.device
         self.lora_A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
         self.lora_B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.lora_A, a=5**0.5)
-        self.scale, self.dropout = alpha / rank, dropout
+        self.scale, self.dropout = lora_alpha / rank, dropout
 
     def delta(self):
         """The update [out, in] of the linear's weight."""
@@ -55,11 +55,11 @@ def linears(model):
     return [(path, m) for path, m in found if isinstance(m, nn.Linear)]
 
 
-def add_adapter(model, name, rank, alpha, dropout=0.0):
+def add_adapter(model, name, rank, lora_alpha, dropout=0.0):
     for _, linear in linears(model):
         if not hasattr(linear, "adapters"):
             linear.adapters = nn.ModuleDict()
-        linear.adapters[name] = Adapter(linear, rank, alpha, dropout)
+        linear.adapters[name] = Adapter(linear, rank, lora_alpha, dropout)
 
 
 def adapter_parameters(model, name):

@@ -37,7 +37,7 @@ class Settings(TrainingSettings):
     steps: tuple[str, ...] = tuple(LEARNS)  # of encoder, decoder, joint: which to train
     compression: count = 2  # chain tokens per latent, r
     top_k: int = 10  # tokens in a superposition, 0 for all
-    lr: tuple[float, ...] = (1e-4,)  # peak learning rate of each step; the last for the rest
+    lr: tuple[float, ...] = (1e-4,)  # peak learning rate for each of --steps; the last for the rest
     epochs: tuple[float, ...] = (10.0,)  # passes over the data, likewise
     max_steps: tuple[int, ...] = (0,)  # optimizer steps, likewise; 0: as --epochs says
     lora_rank: count = 64  # of both adapters; LoRA's alpha is twice that

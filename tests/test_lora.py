@@ -42,7 +42,7 @@ def pair(checkpoint):
             if i == 0
             else (theirs.add_adapter(name, config), theirs)[1]
         )
-        lora.add_adapter(model, name, rank, alpha=5)
+        lora.add_adapter(model, name, rank, lora_alpha=5)
         torch.manual_seed(i)
         parameters = dict(theirs.named_parameters())
         for key, p in lora.adapter_parameters(model, name).items():

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from attention import Runner
 from data import distribute, load_examples, num_latents, num_tokens, pack_examples
 from data import row_shape, to_device
-from lib.cli import count, parse, settings, share
+from lib.cli import Count, Share, parse, settings
 from lib.errors import UserError
 from lib.files import file_hash, read_json, read_tensors, write_json, write_tensors
 from lib.run import barrier, join, output_directory
@@ -35,9 +35,9 @@ class Settings:
     out: str  # directory of the cache; the same command goes on where it stopped
     phase1: str = ""  # the phase 1 run whose encoder makes the latents
     model: str = ""  # addition to the paper (MUX): no encoder; phase 2 starts from this model
-    multiplex: share = 0.5  # with --model: token j of a segment weighs multiplex^j
-    compression: count = 2  # with --model: chain tokens per latent, r
-    row_tokens: count = 8192  # tokens of a packed row
+    multiplex: Share = 0.5  # with --model: token j of a segment weighs multiplex^j
+    compression: Count = 2  # with --model: chain tokens per latent, r
+    row_tokens: Count = 8192  # tokens of a packed row
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
 
 

@@ -35,7 +35,9 @@ def text_field(line, key):
 
 
 def written_chain(line):
-    """The chain of a line, without the think tags around it."""
+    """The chain of a line, without the think tags around it. Empty where "cot" is blank."""
+    if not str(line["cot"]).strip():
+        return ""
     chain = text_field(line, "cot").strip().removeprefix(THINK).removesuffix(END_THINK)
     if END_THINK in chain:
         raise ValueError(f'the field "cot" has {END_THINK} in its middle')
@@ -51,8 +53,7 @@ def load_examples(path, tokenizer, say=print, chain=True):
     examples, lines = [], read_jsonl(path)
     for line in lines:
         with reading(line["_place"]):
-            has_chain = chain and str(line["cot"]).strip()
-            tokens = tokenizer.encode(written_chain(line)) if has_chain else []
+            tokens = tokenizer.encode(written_chain(line)) if chain else []
             answer = tokenizer.encode(text_field(line, "cot_answer")) + [tokenizer.end_of_turn]
             prompt = tokenizer.prompt(text_field(line, "problem"))
         if tokens or not chain:

@@ -31,7 +31,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data import text_field, written_chain
-from lib.cli import count, parse, settings
+from lib.cli import Count, parse, settings
 from lib.errors import UserError
 from lib.files import read_jsonl, reading, write_json, write_text
 from lib.grader import boxed, grade
@@ -48,8 +48,8 @@ class Settings(SamplingParams):
     data: tuple[str, ...]  # benchmark files
     out: str  # directory of predictions and summaries
     arms: tuple[str, ...] = ("free",)  # what to compare: see above
-    samples: count = 1  # answers to each problem, for pass@k
-    batch_size: count = 64  # sequences side by side
+    samples: Count = 1  # answers to each problem, for pass@k
+    batch_size: Count = 64  # sequences side by side
 
 
 class Problem(NamedTuple):

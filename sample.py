@@ -18,7 +18,7 @@ import torch
 from attention import BLOCK, KVCache
 from data import Example, pack_examples, to_device
 from latents import add_noise, superpose, top_probs
-from lib.cli import parse, positive, settings, share
+from lib.cli import Positive, Share, parse, settings
 from lib.errors import UserError
 from lib.fast import recorded
 from lib.run import join
@@ -38,9 +38,9 @@ class SamplingParams:
     max_latents: int = 256  # latent budget; then </think> is fed
     max_new_tokens: int = 512  # budget of sampled tokens
     temperature: float = 0.6  # 0: greedy
-    top_p: share = 0.95  # share of the probability that is sampled from
+    top_p: Share = 0.95  # share of the probability that is sampled from
     noise: float = 0.0  # scale of the Gumbel noise on the latents
-    noise_temperature: positive = 1.0  # temperature of the noisy softmax
+    noise_temperature: Positive = 1.0  # temperature of the noisy softmax
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
 

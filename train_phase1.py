@@ -19,7 +19,7 @@ from torch import nn
 
 from data import PackedBatch, load_examples, num_latents, num_targets, pack_examples
 from latents import cross_entropy, induce, segment_loss, superpose
-from lib.cli import count, parse, settings, share
+from lib.cli import Count, Share, parse, settings
 from lib.errors import UserError
 from lib.files import read_json, write_json
 from lib.run import join
@@ -35,13 +35,13 @@ LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder",
 class Settings(TrainingSettings):
     model: str  # the CoT-SFT model to start from: a run or a checkpoint directory
     steps: tuple[str, ...] = tuple(LEARNS)  # of encoder, decoder, joint: which to train
-    compression: count = 2  # chain tokens per latent, r
+    compression: Count = 2  # chain tokens per latent, r
     top_k: int = 10  # tokens in a superposition, 0 for all
     lr: tuple[float, ...] = (1e-4,)  # peak learning rate for each of --steps; the last for the rest
     epochs: tuple[float, ...] = (10.0,)  # passes over the data, likewise
     max_steps: tuple[int, ...] = (0,)  # optimizer steps, likewise; 0: as --epochs says
-    lora_rank: count = 64  # of both adapters; LoRA's alpha is twice that
-    lora_dropout: share = 0.1  # before adapters that learn
+    lora_rank: Count = 64  # of both adapters; LoRA's alpha is twice that
+    lora_dropout: Share = 0.1  # before adapters that learn
     w_segment: float = 0.0  # addition to the paper: ties each latent to its own segment
     no_induction: bool = False  # ablation: a plain causal mask for the encoder
     no_segments: bool = False  # ablation: a decoder without chain tokens

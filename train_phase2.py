@@ -18,7 +18,7 @@ import torch
 from cache_latents import identity, read_cache, start_of
 from data import PackedBatch, load_examples, num_targets, pack_examples
 from latents import add_noise, cross_entropy, gumbel_like, induce, superpose
-from lib.cli import count, parse, positive, settings, share
+from lib.cli import Count, Positive, Share, parse, settings
 from lib.fast import kl_divergence
 from lib.run import join
 from load_hf_weights import Reasoning, load_model, resolve, save_checkpoint
@@ -37,11 +37,11 @@ class Settings(TrainingSettings):
     w_ce: float = 1.0  # weight of the cross-entropy of </think> and answer
     w_kl: float = 1.0  # weight of the latents' KL
     noise: float = 0.0  # scale of the Gumbel noise on the latents, input and target
-    noise_temperature: positive = 1.0  # temperature of the noisy softmax
-    scheduled_sampling: share = 0.0  # addition: share of examples with own latents
+    noise_temperature: Positive = 1.0  # temperature of the noisy softmax
+    scheduled_sampling: Share = 0.0  # addition: share of examples with own latents
     all_weights: bool = False  # all weights learn, not an adapter
-    lora_rank: count = 64  # of the adapter; LoRA's alpha is twice that
-    lora_dropout: share = 0.1  # before the adapter
+    lora_rank: Count = 64  # of the adapter; LoRA's alpha is twice that
+    lora_dropout: Share = 0.1  # before the adapter
     shard: bool = False  # less memory: every rank keeps a share of the frozen layers only
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from attention import Runner
 from data import distribute, num_tokens, row_shape, to_device
-from lib.cli import count, settings, share
+from lib.cli import Count, Share, settings
 from lib.errors import UserError
 from lib.files import file_hash, read_tensors, write_json, write_tensors, write_text
 from lib.run import barrier, output_directory
@@ -36,9 +36,9 @@ class TrainingSettings:
     lr: float = 1e-4  # peak learning rate
     epochs: float = 3.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0: as --epochs says
-    batch_size: count = 128  # examples per step, over all ranks
-    row_tokens: count = 8192  # tokens of a packed row (micro-batch)
-    warmup: share = 0.05  # share of the steps before the cosine to zero
+    batch_size: Count = 128  # examples per step, over all ranks
+    row_tokens: Count = 8192  # tokens of a packed row (micro-batch)
+    warmup: Share = 0.05  # share of the steps before the cosine to zero
     save_every: float = 10.0  # seconds between saved states, more where saving takes long
     keep: int = 0  # models to keep on the way, as step-N beside the last
     checkpoint_activations: bool = False  # less memory: backward computes each layer again

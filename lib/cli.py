@@ -22,15 +22,14 @@ def number(kind, low=0, high=1e300):
     return convert
 
 
-count, share, positive = number(int, 1), number(float, 0, 1), number(float, 0.01)
-share.__name__ = "share (0 to 1)"
+Count, Share, Positive = number(int, 1), number(float, 0, 1), number(float, 0.01)
+Share.__name__ = "share (0 to 1)"
 
 
 def comments(cls):
     """The comment behind each field of a class of settings, its base classes included."""
     source = "".join(inspect.getsource(base) for base in cls.__mro__[-2::-1])
-    found = re.findall(r"^    (\w+):.*?#\s(.*)$", source, re.M)
-    return {name: text.replace("%", "%%") for name, text in found}
+    return dict(re.findall(r"^    (\w+):.*?#\s(.*)$", source, re.M))
 
 
 def parse(cls, description):

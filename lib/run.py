@@ -112,7 +112,7 @@ def output_directory(out, settings=None, **facts):
 
 def begin_or_continue(out, settings, facts):
     """Writes config.json, or compares it if there are results. A missing key is a default."""
-    path, new = out / "config.json", facts | asdict(settings) | facts
+    path, new = out / "config.json", facts | asdict(settings) | facts  # facts come first and win
     if not (path.exists() and [*out.rglob("*.safetensors"), *out.glob("*.*.jsonl")]):
         return write_json(path, new)
     old = read_json(path)

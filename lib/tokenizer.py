@@ -68,12 +68,14 @@ def split_pattern(steps):
     names = []
     for step in steps:
         match step:
-            case {"pattern": {"Regex": name}, "behavior": "Isolated"}:
+            case {"type": "ByteLevel", "use_regex": False}:
+                names.append("bytes")
+            case (
+                {"pattern": {"Regex": name}, "behavior": "Isolated"}
+                | {"type": "Digits" as name, "individual_digits": True}
+                | {"type": "ByteLevel" as name}
+            ):
                 names.append(name)
-            case {"type": "Digits" as name, "individual_digits": True}:
-                names.append(name)
-            case {"type": "ByteLevel" as name}:
-                names.append(name if step.get("use_regex", True) else "bytes")
     if " ".join(names) not in SPLITS or len(names) < len(steps):
         raise ValueError(f"the pre-tokenizer is not supported: {steps}")
     return SPLITS[" ".join(names)]
@@ -119,9 +121,8 @@ class Tokenizer:
             steps = pre.get("pretokenizers", [pre])
             self.pattern = regex.compile(split_pattern(steps))
             self._build(spec["model"], spec["added_tokens"], spec.get("normalizer"), steps)
-            known = ("", *self.added)
             end, template = next(
-                x for x in FAMILIES.items() if re.match("<.*?>|", x[1])[0] in known
+                x for x in FAMILIES.items() if re.match("<.*?>|", x[1])[0] in ("", *self.added)
             )
             self.template = template.replace("{instruction}", INSTRUCTION)
             self.end_of_turn = self._end_of_turn(path, end)

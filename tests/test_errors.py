@@ -255,7 +255,7 @@ def test_too_long_examples_are_counted(command, fails, checkpoint, data, tmp_pat
     fails(
         train_sft.main,
         sft(checkpoint(), data, tmp_path / "none", "--row-tokens", 3),
-        "fits",
+        f"--row-tokens 3: no example of {data} fits",
     )
     assert (
         command(train_sft.main, *sft(checkpoint(), data, tmp_path / "none"))[0] == 0

@@ -93,11 +93,11 @@ def test_hostile_answers_cost_seconds():
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_the_grader_ends_with_its_parent(how):
-    """Also while it works on an answer that takes forever: its CPU time is limited."""
+    """Also while it works on an answer that takes forever."""
     program = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})
 from lib.grader import grade
-grade([("5", "\\\\boxed{{10^{{10^{{10^{{10}}}}}}}}")], 6)"""
+grade([("5", "\\\\boxed{{10^{{10^{{10^{{10}}}}}}}}")], 1000)"""
     parent = subprocess.Popen([sys.executable, "-c", program])
     worker, begin = None, time.time()
     while not worker or processor_seconds(worker) < 4:  # its imports take one
@@ -107,7 +107,7 @@ grade([("5", "\\\\boxed{{10^{{10^{{10^{{10}}}}}}}}")], 6)"""
     assert is_running(worker)
     os.kill(parent.pid, how)
     parent.wait()
-    for _ in range(300):
+    for _ in range(100):
         if not is_running(worker):
             break
         time.sleep(0.1)
@@ -429,11 +429,10 @@ def test_an_answer_may_be_a_number(tmp_path):
     lines = ('"6 * 7?", "answer": 42', '"1 / 2?", "answer": 0.5', '"long", "answer": 1' + "0" * 400)
     path.write_text("".join('{"problem": %s}\n' % x for x in lines))
     assert [p.answer for p in evaluation.load_problems(path)] == ["42", "0.5", "1" + "0" * 400]
-    for answer in ("[42]", "true", "NaN", "Infinity"):
+    empty, not_json = 'the field "answer" is empty or not a string', "Out of range float values"
+    for answer, words in zip(("[42]", "true", "NaN", "Infinity"), (empty, empty, *[not_json] * 2)):
         path.write_text('{"problem": "6 * 7?", "answer": %s}\n' % answer)
-        with pytest.raises(
-            UserError, match='line 1: .*(the field "answer" is empty or not a string|Out of range)'
-        ):
+        with pytest.raises(UserError, match=f"line 1: .*{words}"):
             evaluation.load_problems(path)
 
 

@@ -33,7 +33,7 @@ def induce(hidden_states, embedding, k):
     if k == 0:
         return top_probs(hidden_states @ embedding.T, 0)
     with torch.no_grad():
-        parts = hidden_states.split(max(1, LOGITS // len(embedding)))
+        parts = hidden_states.split(LOGITS // len(embedding))
         ids = torch.cat([(part @ embedding.T).topk(k).indices for part in parts])
     logits = (precise(hidden_states)[:, None] * precise(embedding[ids])).sum(-1)
     return logits.softmax(-1), ids

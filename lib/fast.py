@@ -82,8 +82,8 @@ class KLDivergence(torch.autograd.Function):
         total, head, grads_h = 0.0, head.to(h.dtype), []
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         function = compiled(gradient_and_kl) if h.is_cuda else gradient_and_kl
-        tensors, size = (h, precise(probs), ids, weights), max(1, LOGITS // len(head))
-        for part, *alpha in zip(*(x.split(size) for x in tensors)):
+        tensors = h, precise(probs), ids, weights
+        for part, *alpha in zip(*(x.split(LOGITS // len(head)) for x in tensors)):
             grad, loss = function(part @ head.T, *alpha)
             total += loss
             grads_h.append(grad @ head)

@@ -118,8 +118,7 @@ def begin_or_continue(out, settings, facts):
     old = read_json(path)
     for key in new:
         was = json.dumps(old.get(key, getattr(type(settings), key, new[key])))
-        matters = key in facts or key not in FREE.split()
-        if matters and was != json.dumps(new[key]):
+        if (key in facts or key not in FREE.split()) and was != json.dumps(new[key]):
             raise UserError(
                 f"{out}: was made with {key} = {was}, not {json.dumps(new[key])}; "
                 "choose another --out, or the same settings"

@@ -76,9 +76,10 @@ def split_pattern(steps):
                 | {"type": "ByteLevel" as name}
             ):
                 names.append(name)
-    if " ".join(names) not in SPLITS or len(names) < len(steps):
+    found = " ".join(names)
+    if found not in SPLITS or len(names) < len(steps):
         raise ValueError(f"the pre-tokenizer is not supported: {steps}")
-    return SPLITS[" ".join(names)]
+    return SPLITS[found]
 
 
 def mergeable_ranks(model):
@@ -87,7 +88,7 @@ def mergeable_ranks(model):
     tokenizers does the same if ids grow in the order of the merges. Else raises ValueError.
     """
     alphabet, vocab = byte_alphabet(), model["vocab"]
-    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
+    pairs = (m.split(" ") if " " in m else m for m in model["merges"])  # "a b" or ["a", "b"]
     words = [a + b for a, b in pairs]
     ids = [vocab[word] for word in words]
     if ids != sorted(ids):
@@ -100,8 +101,8 @@ def mergeable_ranks(model):
 
 
 def any_of(texts):
-    """A pattern that finds each of `texts`, the longest first."""
-    texts = map(re.escape, sorted(texts, key=len, reverse=True))
+    """A pattern that finds each of `texts`, and of two that begin alike the longer one."""
+    texts = map(re.escape, sorted(texts, reverse=True))
     return re.compile(f"({'|'.join(texts) or '(?!)'})")
 
 

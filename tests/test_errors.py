@@ -1,6 +1,7 @@
 """Users' mistakes: one clear sentence, exit code 1 or 2, no traceback, nothing half-written."""
 
 import fcntl
+import hashlib
 import json
 import shutil
 import subprocess
@@ -312,6 +313,17 @@ def test_a_start_model_that_changed(command, fails, checkpoint, data, tmp_path):
     config = files.read_json(out / "config.json")
     files.write_json(out / "config.json", {k: x for k, x in config.items() if k != "weights"})
     assert command(train_phase1.main, *arguments)[0] == 0
+
+
+def test_hash_of_the_end(tmp_path):
+    """Only the last bytes of a file count, and all of a file that is no longer."""
+    long, short = tmp_path / "long", tmp_path / "short"
+    long.write_bytes(b"abcdef")
+    short.write_bytes(b"def")
+    assert files.file_hash(long, last=3) == files.file_hash(short, last=4) == files.file_hash(short)
+    assert files.file_hash(long) != files.file_hash(long, last=3)
+    twice = hashlib.sha256(2 * hashlib.sha256(b"def").digest()).hexdigest()
+    assert files.file_hash(short, long, last=3) == twice[:16]
 
 
 @pytest.mark.parametrize("script,limit", [("train_sft.py", 60_000), ("train_phase1.py", 20_000)])

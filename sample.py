@@ -18,7 +18,7 @@ import torch
 from attention import BLOCK, KVCache
 from data import Example, pack_examples, to_device
 from latents import add_noise, superpose, top_probs
-from lib.cli import Positive, Share, parse, settings
+from lib.cli import Count, Positive, Share, parse, settings
 from lib.errors import UserError
 from lib.fast import recorded
 from lib.run import join
@@ -36,7 +36,7 @@ ONE_SLOT = {"options": {"coordinate_descent_tuning": True, "combo_kernels": True
 class SamplingParams:
     model: str  # checkpoint directory or run
     max_latents: int = 256  # latent budget; then </think> is fed
-    max_new_tokens: int = 512  # budget of sampled tokens
+    max_new_tokens: Count = 512  # budget of sampled tokens
     temperature: float = 0.6  # 0: greedy
     top_p: Share = 0.95  # share of the probability that is sampled from
     noise: float = 0.0  # scale of the Gumbel noise on the latents

@@ -147,7 +147,7 @@ class Trainer:
             self.learned.values(), betas=(0.9, 0.95), weight_decay=0.01, fused=fused
         )
         for p in self.learned.values():
-            p.grad = torch.zeros_like(p)  # else it would be memory that a CUDA graph overwrites
+            p.grad = torch.zeros_like(p)  # else a CUDA graph's memory would hold it
         self.progress, self.builder = {"steps": 0, "seconds": 0.0}, ThreadPoolExecutor(1)
         self.ddp = task
         if process.world > 1:  # CUDA graphs must be recorded before DDP holds the gradients' nodes
@@ -163,7 +163,8 @@ class Trainer:
         kept = {self.steps * i // (s.keep + 1) for i in range(1, s.keep + 1)}
         begin, next_save = time.time() - self.progress["seconds"], 0.0
         upcoming = self.batch(first)
-        bar = tqdm(range(first, self.steps), self.out.name, disable=not main, mininterval=1)
+        todo = range(first, self.steps)
+        bar = tqdm(todo, self.out.name, self.steps, initial=first, disable=not main, mininterval=1)
         for step in bar:
             batch, upcoming = upcoming, self.batch(step + 1)  # packed while the GPU is busy
             self.step(step, *batch)

@@ -103,8 +103,8 @@ kl_divergence = KLDivergence.apply
 
 def recorded(run):
     """The replay of `run`, which works on fixed memory, as a CUDA graph. Calls it three times."""
-    for _ in range(2):  # compiles, and lets libraries allocate what they keep
-        run()
+    run()  # compiles
+    run()  # lets libraries allocate what they keep
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()

@@ -29,10 +29,11 @@ def reading(place):
 
 @contextmanager
 def atomic(path):
-    """Yields a temporary path beside `path`, a Path, and renames it to `path` at the end.
+    """Yields a temporary path beside `path`, and renames it to `path` at the end.
 
     On an error the temporary file is removed and `path` is untouched.
     """
+    path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -88,7 +88,7 @@ def mergeable_ranks(model):
     tokenizers does the same if ids grow in the order of the merges. Else raises ValueError.
     """
     alphabet, vocab = byte_alphabet(), model["vocab"]
-    pairs = (m.split(" ") if " " in m else m for m in model["merges"])  # "a b" or ["a", "b"]
+    pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
     words = [a + b for a, b in pairs]
     ids = [vocab[word] for word in words]
     if ids != sorted(ids):

@@ -118,6 +118,7 @@ def test_half_a_config_or_tokenizer(fails, checkpoint, data, tmp_path):
     for change in (
         {"model": {"type": "BPE", "vocab": {}}},
         {"model": model | {"merges": ["a"]}},
+        {"model": model | {"merges": ["ab"]}},
         {"model": model | {"vocab": model["vocab"] | {first: model["vocab"][second]}}},
     ):
         (broken / "tokenizer.json").write_text(json.dumps(spec | change))

@@ -16,7 +16,6 @@ import time
 import numpy as np
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -84,6 +83,8 @@ def make_runner(model, s, process, shard=False):
     if shard:
         if process.world == 1:
             raise UserError("--shard: spreads a model over ranks; start the command with torchrun")
+        from torch.distributed.fsdp import fully_shard  # takes a second
+
         layers = {p for n, p in model.layers.named_parameters() if ".adapters." not in n}
         for module in [*model.layers, model]:
             fully_shard(module, ignored_params=set(model.parameters()) - layers)

@@ -13,6 +13,7 @@ import lib.errors  # noqa: F401  from here on an error is one line
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
@@ -34,7 +35,7 @@ LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder",
 @settings
 class Settings(TrainingSettings):
     model: str  # the CoT-SFT model to start from: a run or a checkpoint directory
-    steps: tuple[str, ...] = tuple(LEARNS)  # of encoder, decoder, joint: which to train
+    steps: tuple[Literal[*LEARNS], ...] = tuple(LEARNS)  # which to train
     compression: Count = 2  # chain tokens per latent, r
     top_k: int = 10  # tokens in a superposition, 0 for all
     lr: tuple[float, ...] = (1e-4,)  # peak learning rate for each of --steps; the last for the rest
@@ -161,9 +162,8 @@ def main():
     adapter = f"{s.steps[-1]}/decoder.safetensors"
     with run_directory(s, "train_phase1", s.model, reasoning, adapter=adapter) as out:
         lists = {"lr": s.lr, "epochs": s.epochs, "max_steps": s.max_steps}
-        learns = [LEARNS[step] for step in s.steps]  # a wrong name ends here
         for i, step in enumerate(s.steps):
-            task = Phase1(run, encoder, learns[i], not s.no_segments, s.w_segment)
+            task = Phase1(run, encoder, LEARNS[step], not s.no_segments, s.w_segment)
             each = {key: values[min(i, len(values) - 1)] for key, values in lists.items()}
             train(task, examples, replace(s, **each), process, out / step)
         write_json(out / "finished.json", {"steps": s.steps})

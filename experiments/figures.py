@@ -50,12 +50,12 @@ def draw_masks(path, parts, r):
 def draw_points(path, rows, x, y, style="o"):
     """A point for each (name, row): row[x], row[y], and its interval where y is the accuracy."""
     figure, axis = plt.subplots()
-    for group in dict.fromkeys(name for name, _ in rows):
+    axis.set_prop_cycle(color=plt.cm.tab20.colors)
+    for group in dict(rows):
         found = [row for name, row in rows if name == group]
         xs, ys = ([row[key] for row in found] for key in (x, y))
         intervals = [row["interval"] * (y == "accuracy") for row in found]
         axis.errorbar(xs, ys, intervals, fmt=style, capsize=3, label=group)
-    axis.set(xlabel=x, ylabel=f"{y}, {rows[0][1]['test']}")
-    axis.set_ylim(bottom=0)
+    axis.set(xlabel=x, ylabel=f"{y}, {rows[0][1]['test']}", ylim=(0, None))
     axis.legend(loc=(1.02, 0))
     save(figure, path)

@@ -8,17 +8,19 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Literal
 
 import torch
 
 from lib.cli import settings
-from lib.files import read_json, read_jsonl, reading, write_json, write_text
+from lib.files import read_json, read_jsonl, write_json, write_text
 
 SFT = dict(lr=5e-4, batch_size=128, row_tokens=17408)  # all trainings of SmolLM2-135M
 PHASE1 = SFT | dict(warmup=0.1, w_segment=1)
 PHASE2 = SFT | dict(all_weights=True, scheduled_sampling=0.5)
 ARMS = ("free", "random", "other", "argmax", "cut-4")
 KINDS = {"latent": "Latent", "paper": "Latent (paper's losses)", "mux": "MUX"}
+Kinds = tuple[Literal["answer-only", *KINDS], ...]
 PAPER = {"w_segment": 0}, {"scheduled_sampling": 0}  # phase 1 and 2 without the additions
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class RunSettings:
     out: str = "demo"  # directory of everything that is made
     rates: tuple[int, ...] = (2,)  # compression rates
-    train: tuple[str, ...] = ("answer-only", "latent", "mux")  # besides CoT-SFT; or paper
+    train: Kinds = ("answer-only", "latent", "mux")  # besides CoT-SFT
     rho: float = 0.5  # of mux, the one-stage baseline: its --multiplex
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
@@ -105,15 +107,13 @@ class Pipeline:
 
         Of the students along a run the best one on the file `valid` is tested; without it, all are.
         """
-        with reading("--train"):
-            kinds = {kind: KINDS[kind] for kind in self.s.train if kind != "answer-only"}
         cot = self.train("train_sft.py", "cot", data=data, **sft)
         self.rows("CoT-SFT", cot, tests)
         if "answer-only" in self.s.train:
             direct = self.train("train_sft.py", "answer-only", data=data, no_chain=True, **sft)
             self.rows("answer-only", direct, tests)
-        for r, kind in product(self.s.rates, kinds):
-            name, row, files = f"{kind}-r{r}", f"{kinds[kind]} r = {r}", {"data": data}
+        for r, kind in product(self.s.rates, filter(KINDS.get, self.s.train)):
+            name, row, files = f"{kind}-r{r}", f"{KINDS[kind]} r = {r}", {"data": data}
             less1, less2 = PAPER if kind == "paper" else ({}, {})
             if kind == "mux":
                 files["model"], how = cot, {"multiplex": self.s.rho, "compression": r}

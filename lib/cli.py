@@ -37,14 +37,15 @@ def parse(cls, description):
     p, texts = argparse.ArgumentParser(description=description), comments(cls)
     p.formatter_class = argparse.RawDescriptionHelpFormatter
     for f in fields(cls):
-        many, text = get_args(f.type), texts[f.name]
-        kind = many[0] if many else f.type  # tuple[...] takes several values
+        kind, *many = *get_args(f.type), f.type  # tuple[...] takes several values
+        text, choices = texts[f.name], get_args(kind)  # of a Literal
         if kind is bool:
             more = {"action": "store_true"}
         else:
             if f.default not in (MISSING, ""):
                 text += f" (default: {str(f.default).strip('(),')})"
             kind = number(kind) if kind in (int, float) else kind
-            more = {"type": kind, "nargs": "+" if many else None, "required": f.default is MISSING}
+            more = {"nargs": "+" if many else None, "required": f.default is MISSING}
+            more |= {"choices": choices} if choices else {"type": kind}
         p.add_argument("--" + f.name.replace("_", "-"), help=text, default=f.default, **more)
     return cls(**vars(p.parse_args()))

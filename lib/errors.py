@@ -43,5 +43,4 @@ def report(kind, error, trace):
 
 
 sys.excepthook = report
-if hasattr(sys.stdout, "reconfigure"):
-    sys.stdout.reconfigure(errors="replace")
+sys.__stdout__.reconfigure(errors="replace")

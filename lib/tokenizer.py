@@ -183,7 +183,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of `ids`. Bytes that are not UTF-8 become U+FFFD, unknown ids are left out."""
-        return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
+        return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
 
     def prompt(self, problem):
         """`Q <think>`: the chat prompt of this family for `problem`."""

@@ -215,31 +215,31 @@ def test_unknown_architecture_and_truncated_weights(fails, checkpoint, data, tmp
 
 
 @pytest.mark.parametrize(
-    "arguments,code",
+    "arguments",
     [
-        (["--compression", 0], 2),
-        (["--batch-size", 0], 2),
-        (["--row-tokens", 0], 2),
-        (["--lora-rank", 0], 2),
-        (["--warmup", 1.1], 2),
-        (["--top-k", -2], 2),
-        (["--compression", "two"], 2),
-        (["--steps", "all"], 1),
-        (["--lora-dropout", -1], 2),
-        (["--lora-dropout", 2], 2),
-        (["--seed", -1], 2),
-        (["--epochs", "inf"], 2),
-        (["--epochs", "1e999"], 2),
-        (["--epochs", "nan"], 2),
+        ["--compression", 0],
+        ["--batch-size", 0],
+        ["--row-tokens", 0],
+        ["--lora-rank", 0],
+        ["--warmup", 1.1],
+        ["--top-k", -2],
+        ["--compression", "two"],
+        ["--steps", "all"],
+        ["--lora-dropout", -1],
+        ["--lora-dropout", 2],
+        ["--seed", -1],
+        ["--epochs", "inf"],
+        ["--epochs", "1e999"],
+        ["--epochs", "nan"],
     ],
 )
-def test_bad_numbers(command, fails, checkpoint, data, tmp_path, arguments, code):
+def test_bad_values(command, fails, checkpoint, data, tmp_path, arguments):
     out = tmp_path / "out"
-    fails(train_phase1.main, [*sft(checkpoint(), data, out), *arguments], code=code)
+    fails(train_phase1.main, [*sft(checkpoint(), data, out), *arguments], code=2)
     assert command(train_phase1.main, *sft(checkpoint(), data, out))[0] == 0  # no obstacle
 
 
-def test_the_range_of_a_number_is_named(fails, thinker):
+def test_what_a_flag_takes_is_named(fails, thinker):
     start = ["--model", thinker(), "--prompt", "1"]
     for flag, value, words in (
         ("--top-p", 1.5, "invalid share (0 to 1) value: '1.5'"),
@@ -247,6 +247,8 @@ def test_the_range_of_a_number_is_named(fails, thinker):
         ("--temperature", -1, "invalid float (0 or more) value: '-1'"),
     ):
         fails(sample.main, [*start, flag, value], flag, words, code=2)
+    start = ["--model", 1, "--data", 1, "--out", 1, "--steps", "joints"]
+    fails(train_phase1.main, start, "invalid choice: 'joints'", "decoder", code=2)
 
 
 def test_too_long_examples_are_counted(command, fails, checkpoint, data, tmp_path):

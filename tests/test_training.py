@@ -3,8 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 import json
+import os
 from pathlib import Path
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -458,13 +460,11 @@ def test_stop_and_resume(command, checkpoint, data, tmp_path, monkeypatch):
     )
 
     real, count = trainer.nn.utils.clip_grad_norm_, [0]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
     def interrupt(*a):  # a Ctrl-C in the middle of the fifth step
         count[0] += 1
         if count[0] == 5:
-            import os
-            import signal
-
             os.kill(os.getpid(), signal.SIGINT)
         return real(*a)
 

@@ -105,7 +105,7 @@ def layout(name, e, parts):
 def num_tokens(name, e, r=1):
     """The length of a layout."""
     n = len(e.chain)
-    text = {"cot": n, "encoder": n, "decoder": max(n - r, 0), "latent": 0}[name]
+    text = {"decoder": max(n - r, 0), "latent": 0}.get(name, n)
     latents = num_latents(e, r) * (name != "cot")
     answer = len(e.answer) * (name != "encoder")
     return len(e.prompt) + text + latents + len(e.end_think) + answer

@@ -109,7 +109,7 @@ class Arm:
         self.name, self.s, self.tokenizer = name, s, tokenizer
         self.opening = "\\boxed{" if name in ("forced", "floor") else ""
         ends = tokenizer.end_think + tokenizer.encode(self.opening), tokenizer.end_of_turn
-        self.free = Sampler(model, reasoning, ends, replace(s, max_new_tokens=1), s.batch_size)
+        self.donor = Sampler(model, reasoning, ends, replace(s, max_new_tokens=1), s.batch_size)
         change = {"floor": {"thinking": "none"}, "argmax": {"top_k": 1}}.get(name, {})
         reasoning = replace(reasoning, **change)
         if name.startswith("cut-"):
@@ -134,7 +134,7 @@ class Arm:
         prompts = [prompt(problems[n // samples].text) for n in numbers]
         if self.name == "other":
             before = [prompt(problems[n // samples - 1].text) for n in numbers]
-            self.others = dict(self.free.generate(before, numbers))
+            self.others = dict(self.donor.generate(before, numbers))
         self.sampler.prepare(prompts)
         begin = time.perf_counter()
         for number, result in self.sampler.generate(prompts, numbers):
@@ -166,7 +166,8 @@ def read_predictions(path, problems, samples):
     lines = {}
     path.touch()
     for text in path.read_bytes().split(b"\n")[:-1]:  # a killed process leaves half a line
-        line = json.loads(text)
+        with reading(path):
+            line = json.loads(text)
         lines[line["number"]] = line
         known = [p[:2] for p in problems[line["number"] // samples :][:1]]
         if [(line["problem"], line["reference"])] != known:

@@ -39,10 +39,14 @@ def induce(hidden_states, embedding, k):
     return logits.softmax(-1), ids
 
 
-def cross_entropy(hidden_states, head, targets):
-    """Sum of the cross-entropies of targets [n]: the KL from a one-hot distribution."""
+def cross_entropy(hidden_states, head, targets, weights=None):
+    """Sum of weight * cross-entropy over targets [n]: the KL from a one-hot distribution.
+
+    weights: float [n]; without them all are 1.
+    """
     ones = precise(hidden_states.new_ones(len(targets)))
-    return kl_divergence(hidden_states, head, ones[:, None], targets[:, None], ones)
+    weights = ones if weights is None else weights
+    return kl_divergence(hidden_states, head, ones[:, None], targets[:, None], weights)
 
 
 def segment_loss(hidden_states, embedding, latent, tokens):
@@ -55,8 +59,7 @@ def segment_loss(hidden_states, embedding, latent, tokens):
     size = torch.bincount(latent)
     place = torch.arange(len(latent), device=latent.device) - (size.cumsum(0) - size)[latent]
     weights = 0.5**place / (2 - 0.5 ** (size[latent] - 1))
-    ones = torch.ones_like(weights)[:, None]
-    return kl_divergence(hidden_states[latent], embedding, ones, tokens[:, None], weights)
+    return cross_entropy(hidden_states[latent], embedding, tokens, weights)
 
 
 def add_noise(probs, ids, gumbel, forbidden, scale, temperature):

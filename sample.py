@@ -145,11 +145,11 @@ class Sampler:
     def _advance(self, running):
         """Lets each sequence decide. Returns what each slot reads next."""
         reads = [DONE] * len(self.token)
-        said = self.said.tolist()
+        proposed = self.proposed.tolist()
         probs, ids = (x.cpu().numpy().copy() for x in (self.probs, self.ids))
         for slot, s in running.items():
             latent = probs[slot], ids[slot]  # views: the sequence keeps what replaces them below
-            reads[slot] = s.advance(*said[slot], latent)
+            reads[slot] = s.advance(*proposed[slot], latent)
             if self.replace and reads[slot] == THOUGHT:  # the one place where a latent is replaced
                 probs[slot], ids[slot] = self.replace(s, *latent)
         if self.replace:
@@ -174,7 +174,7 @@ class Sampler:
         zeros = partial(torch.zeros, device=device)
         whole = partial(zeros, dtype=torch.long)
         self.slots, self.token = torch.arange(B, device=device), whole(B) + DONE
-        self.said = whole(B, 2)  # the token that each would say, and its most likely one
+        self.proposed = whole(B, 2)  # the token that each would say, and its most likely one
         self.uniform = zeros(B, length)  # a random number for each position
         k = self.k or SHOWN
         self.probs, self.ids = zeros(B, k), whole(B, k)
@@ -221,7 +221,7 @@ class Sampler:
         if p.temperature >= GREEDY:
             uniform = self.uniform[slots, self.cache.lengths[slots]]
             token = pick(logits.float(), uniform, p.temperature, p.top_p)
-        self.said[slots] = torch.stack((token, ids[:, 0]), dim=1)
+        self.proposed[slots] = torch.stack((token, ids[:, 0]), dim=1)
 
 
 class Display:

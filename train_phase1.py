@@ -20,7 +20,7 @@ from torch import nn
 
 from data import PackedBatch, load_examples, num_latents, num_targets, pack_examples
 from latents import cross_entropy, induce, segment_loss, superpose
-from lib.cli import Count, Share, parse, settings
+from lib.cli import Count, Positive, Share, parse, settings
 from lib.errors import UserError
 from lib.files import read_json, write_json
 from lib.run import join
@@ -39,7 +39,7 @@ class Settings(TrainingSettings):
     compression: Count = 2  # chain tokens per latent, r
     top_k: int = 10  # tokens in a superposition, 0 for all
     lr: tuple[float, ...] = (1e-4,)  # peak learning rate for each of --steps; the last for the rest
-    epochs: tuple[float, ...] = (10.0,)  # passes over the data, likewise
+    epochs: tuple[Positive, ...] = (10.0,)  # passes over the data, likewise
     max_steps: tuple[int, ...] = (0,)  # optimizer steps, likewise; 0: as --epochs says
     lora_rank: Count = 64  # of both adapters; LoRA's alpha is twice that
     lora_dropout: Share = 0.1  # before adapters that learn
@@ -111,10 +111,9 @@ class Phase1(Task):
     def forward(self, rows):
         enc, dec, parts = rows.encoder, rows.decoder, {}
         E = self.model.embed_tokens.weight.detach()
-        with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self.learns):
-            probs, ids, h = self.encoder(enc)
-            if "segment" in self.weights:
-                parts["segment"] = segment_loss(h, E, enc.target_index, enc.targets)
+        probs, ids, h = self.encoder(enc)
+        if "segment" in self.weights:
+            parts["segment"] = segment_loss(h, E, enc.target_index, enc.targets)
         z = superpose(probs, ids, E)
         x = self.model.embed_tokens(dec.ids).index_copy(0, dec.latent_index, z)
         h = self.run(x, dec, RULES[self.layouts[1]], "decoder")
@@ -166,7 +165,7 @@ def main():
             task = Phase1(run, encoder, LEARNS[step], not s.no_segments, s.w_segment)
             each = {key: values[min(i, len(values) - 1)] for key, values in lists.items()}
             train(task, examples, replace(s, **each), process, out / step)
-        write_json(out / "finished.json", {"steps": s.steps})
+        write_json(out / "finished.json", {})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from attention import Runner
 from data import distribute, num_tokens, row_shape, to_device
-from lib.cli import Count, Share, settings
+from lib.cli import Count, Positive, Share, settings
 from lib.errors import UserError
 from lib.files import file_hash, read_tensors, write_json, write_tensors, write_text
 from lib.run import barrier, output_directory
@@ -33,7 +33,7 @@ class TrainingSettings:
     data: str  # training .jsonl or .jsonl.gz: problem, cot, cot_answer
     out: str  # run directory; the same command goes on where it stopped
     lr: float = 1e-4  # peak learning rate
-    epochs: float = 3.0  # passes over the data
+    epochs: Positive = 3.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0: as --epochs says
     batch_size: Count = 128  # examples per step, over all ranks
     row_tokens: Count = 8192  # tokens of a packed row (micro-batch)

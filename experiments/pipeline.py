@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from lib.cli import settings
+from lib.cli import Count, settings
 from lib.files import read_json, read_jsonl, write_json, write_text
 
 SFT = dict(lr=5e-4, batch_size=128, row_tokens=17408)  # all trainings of SmolLM2-135M
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @settings
 class RunSettings:
     out: str = "demo"  # directory of everything that is made
-    rates: tuple[int, ...] = (2,)  # compression rates
+    rates: tuple[Count, ...] = (2,)  # compression rates
     train: Kinds = ("answer-only", "latent", "mux")  # besides CoT-SFT
     rho: float = 0.5  # of mux, the one-stage baseline: its --multiplex
     seed: int = 1  # of every random choice

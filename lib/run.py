@@ -98,7 +98,9 @@ def output_directory(out, settings=None, **facts):
         try:
             fcntl.flock(locks[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{out}: another process works on it; choose another --out") from None
+            raise UserError(
+                f"{out}: another process works on it; wait, or choose another --out"
+            ) from None
         except OSError:
             pass  # a file system without locks
         for temporary in out.rglob(".*.tmp"):

@@ -71,7 +71,7 @@ class Task(nn.Module):
 def run_directory(s, command, start, reasoning, **facts):
     """The locked output directory of a training that starts from the model `start`."""
     origin = {"command": command, "start": str(Path(start).resolve())}
-    origin |= {"weights": fingerprint(start), "data_hash": file_hash(s.data)}
+    origin |= {"model_hash": fingerprint(start), "data_hash": file_hash(s.data)}
     return output_directory(s.out, s, **origin, reasoning=asdict(reasoning), **facts)
 
 

@@ -63,9 +63,9 @@ class Encoder(nn.Module):
     no_induction, an ablation: its mask is causal.
     """
 
-    def __init__(self, run, r, k, no_induction=False):
+    def __init__(self, runner, r, k, no_induction=False):
         super().__init__()
-        self.run, self.model, self.r, self.k = run, run.model, r, k
+        self.run, self.model, self.r, self.k = runner, runner.model, r, k
         self.rule = causal if no_induction else RULES["encoder"]
         self.latent_query = nn.Parameter(self.model.embed_tokens.weight.float().mean(0))
 
@@ -89,9 +89,9 @@ class Phase1(Task):
     segments False, an ablation: the decoder has the latent layout, so only answers are targets.
     """
 
-    def __init__(self, run, encoder, learns, segments=True, w_segment=0.0):
+    def __init__(self, runner, encoder, learns, segments=True, w_segment=0.0):
         super().__init__()
-        self.run, self.model, self.encoder, self.learns = run, run.model, encoder, learns
+        self.run, self.model, self.encoder, self.learns = runner, runner.model, encoder, learns
         self.r, self.layouts = encoder.r, ("encoder", "decoder" if segments else "latent")
         if w_segment and "encoder" in learns:
             self.weights = {"ce": 1.0, "segment": w_segment}
@@ -138,10 +138,10 @@ def finished_phase1(path):
     return config
 
 
-def load_encoder(phase1, run):
-    """The encoder of a finished phase 1 run, as an adapter on run.model, the base of that run."""
+def load_encoder(phase1, runner):
+    """The encoder of a finished phase 1 run: an adapter on runner.model, the base of that run."""
     config = finished_phase1(phase1)
-    encoder = Encoder(run, config["compression"], config["top_k"], config["no_induction"])
+    encoder = Encoder(runner, config["compression"], config["top_k"], config["no_induction"])
     encoder.load(Path(phase1) / config["steps"][-1])
     return encoder.eval()
 
@@ -155,14 +155,14 @@ def main():
     examples = load_examples(s.data, tokenizer, process.say)
     for name in LEARNS["joint"]:
         lora.add_adapter(model, name, s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
-    run = make_runner(model, s, process, s.shard)
-    encoder = Encoder(run, s.compression, s.top_k, s.no_induction)
+    runner = make_runner(model, s, process, s.shard)
+    encoder = Encoder(runner, s.compression, s.top_k, s.no_induction)
     reasoning = Reasoning("latent", s.top_k, s.compression)
     adapter = f"{s.steps[-1]}/decoder.safetensors"
     with run_directory(s, "train_phase1", s.model, reasoning, adapter=adapter) as out:
         lists = {"lr": s.lr, "epochs": s.epochs, "max_steps": s.max_steps}
         for i, step in enumerate(s.steps):
-            task = Phase1(run, encoder, LEARNS[step], not s.no_segments, s.w_segment)
+            task = Phase1(runner, encoder, LEARNS[step], not s.no_segments, s.w_segment)
             each = {key: values[min(i, len(values) - 1)] for key, values in lists.items()}
             train(task, examples, replace(s, **each), process, out / step)
         write_json(out / "finished.json", {})

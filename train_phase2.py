@@ -63,9 +63,9 @@ class Phase2(Task):
 
     layouts = ("latent",)
 
-    def __init__(self, run, s, reasoning, end_think, source=None):
+    def __init__(self, runner, s, reasoning, end_think, source=None):
         super().__init__()
-        self.run, self.model, self.s, self.source = run, run.model, s, source
+        self.run, self.model, self.s, self.source = runner, runner.model, s, source
         self.reasoning, self.r, self.end_think = reasoning, reasoning.compression, end_think
         self.weights = {"ce": s.w_ce, "kl": s.w_kl}
         self.adapter = None if source else "student"
@@ -139,8 +139,8 @@ def main():
     if not s.all_weights:
         source, facts["adapter"] = None, "student.safetensors"
         lora.add_adapter(model, "student", s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
-    run = make_runner(model, s, process, s.shard)
-    task = Phase2(run, s, reasoning, tokenizer.end_think[0], source)
+    runner = make_runner(model, s, process, s.shard)
+    task = Phase2(runner, s, reasoning, tokenizer.end_think[0], source)
     with run_directory(s, "train_phase2", start, reasoning, **facts) as out:
         train(task, examples, s, process, out)
 

@@ -25,9 +25,9 @@ class Settings(TrainingSettings):
 
 
 class CoTSFT(Task):
-    def __init__(self, run, source, reasoning):
+    def __init__(self, runner, source, reasoning):
         super().__init__()
-        self.run, self.model = run, run.model.requires_grad_(True)
+        self.run, self.model = runner, runner.model.requires_grad_(True)
         self.source, self.reasoning = source, reasoning
 
     def counts(self, examples):

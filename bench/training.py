@@ -140,11 +140,11 @@ def our_task(phase: int, args, process):
         for key, p in lora.adapter_parameters(model, name).items():
             if key.endswith("lora_B"):
                 p.data.normal_(0, 0.01)
-    run = make_runner(model, args, process, args.shard and process.world > 1)
+    runner = make_runner(model, args, process, args.shard and process.world > 1)
     if phase == 1:
-        return Phase1(run, Encoder(run, args.compression, args.top_k), LEARNS["joint"])
+        return Phase1(runner, Encoder(runner, args.compression, args.top_k), LEARNS["joint"])
     s = train_phase2.Settings(data="", out="", phase1="", cache="")
-    return Phase2(run, s, Reasoning("latent", args.top_k, args.compression), 0)
+    return Phase2(runner, s, Reasoning("latent", args.top_k, args.compression), 0)
 
 
 def ours(phase: int, world: int, batches, args, process):

@@ -45,7 +45,7 @@ class PackedAttention:
         """[(token indices [documents, length], mask)] of documents of similar length.
 
         Lengths in a group differ by a factor of two at most. Behind the end of a document indices
-        are -1: as keys nobody sees them, as queries they see all.
+        are -1: as keys nobody sees them, as queries they see all (else their softmax is NaN).
         """
         by_size, T = defaultdict(list), len(self.labels.document)
         for tokens in torch.arange(T).split(self.labels.starts.diff().tolist()):
@@ -132,9 +132,9 @@ class Runner:
 
     def run(self, inputs_embeds, row, rule, adapter):
         attend = repeat(PackedAttention(row.labels, rule))
-        projected = partial(project, adapter=adapter)
+        adapted = partial(project, adapter=adapter)
         x = inputs_embeds.to(self.dtype or inputs_embeds.dtype)
-        return self.model(x, row.position_ids, attend, projected, self.recompute)
+        return self.model(x, row.position_ids, attend, adapted, self.recompute)
 
 
 class RecordedRow(nn.Module):
@@ -168,7 +168,8 @@ class RecordedRow(nn.Module):
 class KVCache:
     """Keys and values of `slots` sequences of up to `length` tokens, a multiple of BLOCK.
 
-    Each slot is a sequence of its own and may be reused.
+    kv is [layers, 2, slots, kv_heads, length, head_dim]. Each slot is a sequence of its own and may
+    be reused.
     """
 
     def __init__(self, config, slots, length, device, dtype):
@@ -187,6 +188,7 @@ class KVCache:
 
         def of_layer(kv):
             def prefill(q, k, v):
+                # such an index puts tokens first: [T, 2, kv_heads, head_dim]
                 kv[:, slot, :, position_ids] = torch.stack((k, v), 1)
                 return attend(q, k, v)
 

@@ -121,8 +121,8 @@ class PackedBatch:
     """Examples behind each other in one row of T tokens.
 
     ids, position_ids: int [T]. latent_index: int [n], where the latents are.
-    target_index, targets: int [m], positions and the token that each must predict. In the encoder
-    layout targets are the chain tokens, and target_index says which latent is theirs (0, 1, ...).
+    targets: int [m], tokens to predict. target_index: int [m], whose hidden state predicts each:
+    the position before it, or in the encoder layout its latent's number (0, 1, ...).
     """
 
     ids: torch.Tensor
@@ -150,11 +150,9 @@ def pack(name, layouts, shape=None):
     )
     latent_index = (kind == LATENT).nonzero().squeeze(1)
     target = kind == TEXT if name == "encoder" else (kind == TEXT) | (kind == ANSWER)
-    target_index = target.nonzero().squeeze(1)
-    targets, before = ids[target_index], target_index - 1  # the position before predicts a token
-    if name == "encoder":
-        before = torch.searchsorted(latent_index, target_index)
-    return PackedBatch(ids, positions, labels, latent_index, before, targets)
+    at = target.nonzero().squeeze(1)
+    predicts = torch.searchsorted(latent_index, at) if name == "encoder" else at - 1
+    return PackedBatch(ids, positions, labels, latent_index, predicts, ids[at])
 
 
 def pack_examples(name, examples, r=1, shape=None):

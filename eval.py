@@ -13,7 +13,7 @@ Arms:
     forced   thinks, then gives only what follows "\\boxed{"
     floor    the same without thinking
     random   each latent has random tokens with its probabilities
-    other    each latent is what the previous problem had at this place (its own if that had none)
+    other    each latent is the previous problem's at this place, counted around if it had fewer
     argmax   each latent is its most likely token
     cut-M    at most M latents
 """

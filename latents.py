@@ -6,7 +6,7 @@ For the full vocabulary (k = 0) probs is [n, vocab_size] and ids is [n, 0].
 
 import torch
 
-from lib.fast import LOGITS, kl_divergence, precise
+from lib.fast import MAX_LOGITS, kl_divergence, precise
 
 
 def top_probs(logits, k):
@@ -33,7 +33,7 @@ def induce(hidden_states, embedding, k):
     if k == 0:
         return top_probs(hidden_states @ embedding.T, 0)
     with torch.no_grad():
-        parts = hidden_states.split(LOGITS // len(embedding))
+        parts = hidden_states.split(MAX_LOGITS // len(embedding))
         ids = torch.cat([(part @ embedding.T).topk(k).indices for part in parts])
     logits = (precise(hidden_states)[:, None] * precise(embedding[ids])).sum(-1)
     return logits.softmax(-1), ids

@@ -38,25 +38,25 @@ def project(x, *linears, adapter):
     """
     if adapter is None:
         return base_project(x, *linears)
-    pairs = [m.adapters[adapter] for m in linears]
-    p = pairs[0].dropout if pairs[0].training and pairs[0].lora_A.requires_grad else 0.0
-    A = torch.cat([a.lora_A for a in pairs]).to(x.dtype)
-    lows = F.linear(zero_some(x, p), A).chunk(len(pairs), -1)
+    chosen = [m.adapters[adapter] for m in linears]
+    p = chosen[0].dropout if chosen[0].training and chosen[0].lora_A.requires_grad else 0.0
+    A = torch.cat([a.lora_A for a in chosen]).to(x.dtype)
+    lows = F.linear(zero_some(x, p), A).chunk(len(chosen), -1)
     outputs = []
-    for m, a, low in zip(linears, pairs, lows):
+    for m, a, low in zip(linears, chosen, lows):
         W, B = m.weight.to(x.dtype), (a.scale / (1 - p) * a.lora_B).to(x.dtype)
         outputs.append(add_low_rank(x, low, W, B, None if m.bias is None else m.bias.to(x.dtype)))
     return outputs
 
 
-def linears(model):
+def projections(model):
     """The projections of all layers, with their paths: q, k, v, o, gate, up, down."""
     found = model.layers.named_modules(prefix="layers")
     return [(path, m) for path, m in found if isinstance(m, nn.Linear)]
 
 
 def add_adapter(model, name, rank, lora_alpha, dropout=0.0):
-    for _, linear in linears(model):
+    for _, linear in projections(model):
         if not hasattr(linear, "adapters"):
             linear.adapters = nn.ModuleDict()
         linear.adapters[name] = Adapter(linear, rank, lora_alpha, dropout)
@@ -66,7 +66,7 @@ def adapter_parameters(model, name):
     """{"layers.0.self_attn.q_proj.lora_A": parameter, ...} of the adapter `name`."""
     return {
         f"{path}.{key}": p
-        for path, linear in linears(model)
+        for path, linear in projections(model)
         for key, p in linear.adapters[name].named_parameters()
     }
 
@@ -74,13 +74,13 @@ def adapter_parameters(model, name):
 @torch.no_grad()
 def merge(model, name):
     """Adds the adapter to the base weights and removes it. The sum is float32, then cast."""
-    for _, linear in linears(model):
+    for _, linear in projections(model):
         linear.weight.copy_(linear.weight.float() + linear.adapters.pop(name).delta())
 
 
 def save_adapter(path, model, name, **more: torch.Tensor):
     """Writes the adapter `name`, and tensors that belong to it (the latent query), to one file."""
-    a = linears(model)[0][1].adapters[name]
+    a = projections(model)[0][1].adapters[name]
     rank = len(a.lora_A)
     metadata = {"rank": rank, "alpha": a.scale * rank}
     write_tensors(path, adapter_parameters(model, name) | more, metadata)
@@ -89,7 +89,7 @@ def save_adapter(path, model, name, **more: torch.Tensor):
 def load_adapter(path, model, name):
     """Reads file `path` into the adapter `name`, made if there is none. Returns other tensors."""
     tensors, metadata = read_tensors(path)
-    if name not in getattr(linears(model)[0][1], "adapters", {}):
+    if name not in getattr(projections(model)[0][1], "adapters", {}):
         add_adapter(model, name, metadata["rank"], metadata["alpha"])
     for key, p in adapter_parameters(model, name).items():
         if key not in tensors or tensors[key].shape != p.shape:

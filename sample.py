@@ -59,7 +59,7 @@ class Sequence:
 
     def __init__(self, prompt, number, sampler):
         self.prompt, self.number, self.sampler = prompt, number, sampler
-        self.thinking = sampler.thinking == "latent"
+        self.thinks = sampler.thinking == "latent"
         self.closing = [] if sampler.thinking == "text" else [*sampler.end_think]
         self.rng = np.random.default_rng((sampler.params.seed, number))  # of noise and arms
         self.latents, self.tokens, self.finished = [], [], False
@@ -67,14 +67,15 @@ class Sequence:
     def advance(self, token, top, latent):
         """What it reads next: a token, THOUGHT or DONE.
 
-        The model would say `token`; `top` is the most likely one. It would think `latent`. Thinking
-        ends where the first token of </think> is most likely, or at the budget.
+        The model would say `token`; `top` is the most likely one. It would think `latent`, (probs
+        [k], ids [k]). Thinking ends where the first token of </think> is most likely, or at the
+        budget.
         """
         p, stop = self.sampler.params, self.sampler.end_think[0]
-        if self.thinking and top != stop and len(self.latents) < p.max_latents:
+        if self.thinks and top != stop and len(self.latents) < p.max_latents:
             self.latents.append(latent)
             return THOUGHT
-        self.thinking = False
+        self.thinks = False
         if self.closing:
             return self.closing.pop(0)
         self.finished = token == self.sampler.end_of_turn
@@ -98,8 +99,9 @@ def pick(logits, uniform, temperature, top_p):
 class Sampler:
     """Up to `batch_size` sequences side by side; a finished one's slot goes to the next prompt.
 
-    end_think: the tokens that are fed when thinking ends. replace(sequence, probs [k], ids [k]):
-    an intervention, (probs, ids) of what is fed instead of a latent; the default is the noise.
+    ends: the ids that are fed when thinking ends, and the end-of-turn id. replace(sequence,
+    probs [k], ids [k]): an intervention, (probs, ids) of what is fed instead of a latent; the
+    default is the noise.
     """
 
     def __init__(self, model, reasoning, ends, params, batch_size=1, replace=None):

@@ -152,7 +152,8 @@ class Trainer:
         self.progress, self.builder = {"steps": 0, "seconds": 0.0}, ThreadPoolExecutor(1)
         self.ddp = task
         if process.world > 1:  # CUDA graphs must be recorded before DDP holds the gradients' nodes
-            task(to_device(self.batch(0)[1][0].result(), device))
+            _, rows = self.batch(0)
+            task(to_device(rows[0].result(), device))
             options = dict(broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
             self.ddp = DistributedDataParallel(task, **options)
         if (out / "resume.safetensors").exists():
@@ -175,7 +176,7 @@ class Trainer:
             if main and step + 1 in kept:
                 self.finish(self.out / f"step-{step + 1}")
             if main and (now >= next_save or step + 1 == self.steps):
-                self.save()  # takes at most 5% of the time
+                self.save()  # saving takes at most 5% of the time; --save-every 0: after each step
                 next_save = now + (s.save_every and max(s.save_every, 20 * (time.time() - now)))
         barrier()  # no rank sees a finished run while it still trains
         if main:

@@ -8,7 +8,7 @@ from functools import cache, partial
 import torch
 import torch.nn.functional as F
 
-LOGITS = 2**26  # vocabulary logits that live at a time
+MAX_LOGITS = 2**26  # vocabulary logits that live at a time
 
 
 def precise(x):
@@ -83,7 +83,7 @@ class KLDivergence(torch.autograd.Function):
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         function = compiled(gradient_and_kl) if h.is_cuda else gradient_and_kl
         tensors = h, precise(probs), ids, weights
-        for part, *alpha in zip(*(x.split(LOGITS // len(head)) for x in tensors)):
+        for part, *alpha in zip(*(x.split(MAX_LOGITS // len(head)) for x in tensors)):
             grad, loss = function(part @ head.T, *alpha)
             total += loss
             grads_h.append(grad @ head)

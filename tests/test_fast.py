@@ -64,7 +64,7 @@ def test_add_low_rank(out, bias):
 @pytest.mark.parametrize("full", [True, False])
 def test_kl_divergence(full, monkeypatch):
     """In chunks, with its own gradients, against torch's functions on all logits."""
-    monkeypatch.setattr(fast, "LOGITS", 4 * 30)
+    monkeypatch.setattr(fast, "MAX_LOGITS", 4 * 30)
     torch.manual_seed(2)
     h, W = (torch.randn(n, 6, dtype=torch.float64, requires_grad=True) for n in (11, 30))
     alpha = torch.randn(11, 30, dtype=torch.float64).softmax(-1)

@@ -43,7 +43,7 @@ def test_gradients(k, monkeypatch):
     labels = torch.tensor([0, 8, 3, 3])
     probs, ids = oracle.superposition(torch.randn(4, 5), E, k)[:2]
     ids, weights = (ids[:, :0] if k == 0 else ids), torch.rand(4, dtype=torch.float64)
-    monkeypatch.setattr(fast, "LOGITS", 3 * 9)
+    monkeypatch.setattr(fast, "MAX_LOGITS", 3 * 9)
     assert torch.autograd.gradcheck(lambda h: latents.superpose(*latents.induce(h, E, k), E), h)
     assert torch.autograd.gradcheck(lambda h, W: latents.cross_entropy(h, W, labels), (h, W))
     assert torch.autograd.gradcheck(
@@ -52,7 +52,7 @@ def test_gradients(k, monkeypatch):
 
 
 def test_losses_in_chunks(monkeypatch):
-    monkeypatch.setattr(fast, "LOGITS", 4 * 30)
+    monkeypatch.setattr(fast, "MAX_LOGITS", 4 * 30)
     torch.manual_seed(2)
     h, W, labels = torch.randn(11, 6), torch.randn(30, 6), torch.randint(30, (11,))
     logits = h.double() @ W.double().T

@@ -77,7 +77,7 @@ def merged_hf(directory, model, name):
         directory, attn_implementation="eager", dtype=torch.float64
     )
     weights = dict(hf.named_parameters())
-    for path, linear in lora.linears(model):
+    for path, linear in lora.projections(model):
         weights[f"model.{path}.weight"].data += linear.adapters[name].delta().detach().double()
     return hf
 

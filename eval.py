@@ -13,7 +13,7 @@ Arms:
     forced   thinks, then gives only what follows "\\boxed{"
     floor    the same without thinking
     random   each latent has random tokens with its probabilities
-    other    each latent is the previous problem's at this place, counted around if it had fewer
+    other    each latent is the previous problem's at this place; they repeat if it had fewer
     argmax   each latent is its most likely token
     cut-M    at most M latents
 """
@@ -202,7 +202,7 @@ def main():
         raise UserError("--data: two files have the same name, which names their results")
     loaded = load_model(s.model, process.device, process.dtype)
     arms, summaries = [Arm(name, s, *loaded) for name in s.arms], {}
-    with output_directory(s.out, s, command="eval", model_hash=fingerprint(s.model)) as out:
+    with output_directory(s.out, s, command="eval", weights=fingerprint(s.model)) as out:
         for file, of_file in problems.items():
             for arm in arms:
                 name = f"{file}.{arm.name}"

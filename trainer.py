@@ -71,7 +71,7 @@ class Task(nn.Module):
 def run_directory(s, command, start, reasoning, **facts):
     """The locked output directory of a training that starts from the model `start`."""
     origin = {"command": command, "start": str(Path(start).resolve())}
-    origin |= {"model_hash": fingerprint(start), "data_hash": file_hash(s.data)}
+    origin |= {"weights": fingerprint(start), "data_hash": file_hash(s.data)}
     return output_directory(s.out, s, **origin, reasoning=asdict(reasoning), **facts)
 
 
@@ -83,7 +83,7 @@ def make_runner(model, s, process, shard=False):
     if shard:
         if process.world == 1:
             raise UserError("--shard: spreads a model over ranks; start the command with torchrun")
-        from torch.distributed.fsdp import fully_shard  # takes a second
+        from torch.distributed.fsdp import fully_shard  # this import takes a second
 
         layers = {p for n, p in model.layers.named_parameters() if ".adapters." not in n}
         for module in [*model.layers, model]:

@@ -17,7 +17,7 @@ import shutil
 import torch
 
 from experiments.figures import draw_masks
-from experiments.pipeline import Kinds, Pipeline, RunSettings, distinct, write_jsonl
+from experiments.pipeline import Pipeline, RunSettings, Trainings, distinct, write_jsonl
 from experiments.report import report
 from lib.cli import parse, settings
 from lib.files import write_tensors
@@ -37,7 +37,7 @@ EVAL = dict(temperature=0, max_latents=20, max_new_tokens=40, batch_size=250)
 @settings
 class Settings(RunSettings):
     device: str = "cpu"  # cpu or cuda; the model is small
-    train: Kinds = ("answer-only", "latent")  # besides CoT-SFT
+    train: Trainings = ("answer-only", "latent")  # besides CoT-SFT
 
 
 def make_example(rng, buttons):

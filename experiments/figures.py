@@ -51,7 +51,7 @@ def draw_points(path, rows, x, y, style="o"):
     """A point for each (name, row): row[x], row[y], and its interval where y is the accuracy."""
     figure, axis = plt.subplots()
     axis.set_prop_cycle(color=plt.cm.tab20.colors)
-    for group in dict(rows):
+    for group in dict(rows):  # each name once
         found = [row for name, row in rows if name == group]
         xs, ys = ([row[key] for row in found] for key in (x, y))
         intervals = [row["interval"] * (y == "accuracy") for row in found]

@@ -20,7 +20,7 @@ PHASE1 = SFT | dict(warmup=0.1, w_segment=1)
 PHASE2 = SFT | dict(all_weights=True, scheduled_sampling=0.5)
 ARMS = ("free", "random", "other", "argmax", "cut-4")
 KINDS = {"latent": "Latent", "paper": "Latent (paper's losses)", "mux": "MUX"}
-Kinds = tuple[Literal["answer-only", *KINDS], ...]
+Trainings = tuple[Literal["answer-only", *KINDS], ...]
 PAPER = {"w_segment": 0}, {"scheduled_sampling": 0}  # phase 1 and 2 without the additions
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 class RunSettings:
     out: str = "demo"  # directory of everything that is made
     rates: tuple[Count, ...] = (2,)  # compression rates
-    train: Kinds = ("answer-only", "latent", "mux")  # besides CoT-SFT
+    train: Trainings = ("answer-only", "latent", "mux")  # besides CoT-SFT
     rho: float = 0.5  # of mux, the one-stage baseline: its --multiplex
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one

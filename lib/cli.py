@@ -34,18 +34,24 @@ def comments(cls):
 
 def parse(cls, description):
     """An instance of the settings `cls`, read from the command line."""
-    p, texts = argparse.ArgumentParser(description=description), comments(cls)
-    p.formatter_class = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    texts = comments(cls)
     for f in fields(cls):
-        kind, *many = *get_args(f.type), f.type  # tuple[...] takes several values
-        text, choices = texts[f.name], get_args(kind)  # of a Literal
+        kind, *many = *get_args(f.type), f.type  # tuple[kind, ...] takes several values
+        text, choices = texts[f.name], get_args(kind)  # Literal["a", "b"] takes these words
         if kind is bool:
             more = {"action": "store_true"}
         else:
             if f.default not in (MISSING, ""):
                 text += f" (default: {str(f.default).strip('(),')})"
             kind = number(kind) if kind in (int, float) else kind
-            more = {"nargs": "+" if many else None, "required": f.default is MISSING}
-            more |= {"choices": choices} if choices else {"type": kind}
+            more = {
+                "type": str if choices else kind,
+                "choices": choices or None,
+                "nargs": "+" if many else None,
+                "required": f.default is MISSING,
+            }
         p.add_argument("--" + f.name.replace("_", "-"), help=text, default=f.default, **more)
     return cls(**vars(p.parse_args()))

@@ -43,4 +43,5 @@ def report(kind, error, trace):
 
 
 sys.excepthook = report
-sys.__stdout__.reconfigure(errors="replace")
+if hasattr(sys.stdout, "reconfigure"):
+    sys.stdout.reconfigure(errors="replace")

@@ -28,8 +28,8 @@ NUMBER = re.compile(
 
 def boxed(text):
     """The content of the last \\boxed{...} in `text`, braces balanced. None where there is none."""
-    found = BOX.findall(text)
-    return found[-1][1:-1] if found else None
+    if found := BOX.findall(text):
+        return found[-1][1:-1]
 
 
 def number(text):

@@ -144,14 +144,17 @@ class Tokenizer:
         filler = {bytes([b]): self.vocab_size + i for i, b in enumerate(self.missing)}
         bpe = tiktoken.Encoding("", pat_str="", mergeable_ranks=ranks | filler, special_tokens={})
         self._bpe = lru_cache(2**16)(bpe._encode_single_piece)
-        self._bytes = {i: t for t, i in ranks.items()}
-        self._bytes |= {i: t.encode() for t, i in self.added.items()}
+        self._bytes = {i: t for t, i in ranks.items()} | {
+            i: t.encode() for t, i in self.added.items()
+        }
         self._plain, self._any = any_of(t["content"] for t in plain), any_of(self.added)
 
     def _end_of_turn(self, path, default):
         """The id that ends an answer: the checkpoint's eos_token, or else the family's."""
-        files = {"tokenizer_config.json": "eos_token", "generation_config.json": "eos_token_id"}
-        for name, key in files.items():
+        for name, key in (
+            ("tokenizer_config.json", "eos_token"),
+            ("generation_config.json", "eos_token_id"),
+        ):
             file = path.with_name(name)
             found = read_json(file).get(key) if file.exists() else None
             match found:
@@ -174,16 +177,16 @@ class Tokenizer:
         ids = []
         for i, part in enumerate(self._plain.split(text)):
             if i % 2:  # an added token
-                ids.append(self.added[part])
+                ids += [self.added[part]]
                 continue
             for piece in self.pattern.findall(self.normalize(part)):
-                piece = piece.encode("utf-8", "replace").translate(None, self.missing)
-                ids += self._bpe(piece) if piece else []
+                if piece := piece.encode("utf-8", "replace").translate(None, self.missing):
+                    ids += self._bpe(piece)
         return ids
 
     def decode(self, ids):
         """Text of `ids`. Bytes that are not UTF-8 become U+FFFD, unknown ids are left out."""
-        return b"".join(self._bytes.get(i, b"") for i in ids).decode("utf-8", "replace")
+        return b"".join(self._bytes.get(int(i), b"") for i in ids).decode("utf-8", "replace")
 
     def prompt(self, problem):
         """`Q <think>`: the chat prompt of this family for `problem`."""

@@ -300,6 +300,9 @@ def test_stopped_evaluation_goes_on(command, thinker, data, tmp_path, monkeypatc
             evaluation.main, *arguments, "--out", tmp_path / "stopped", "--data", other
         )
         assert code == 1 and "predicts other problems" in error
+    stopped.write_text("{\n" + stopped.read_text())
+    code, _, error = command(evaluation.main, *arguments, "--out", tmp_path / "stopped")
+    assert code == 1 and f"{stopped}: cannot be read" in error
 
 
 def test_arms(command, checkpoint, thinker, data, tmp_path):

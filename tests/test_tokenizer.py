@@ -8,6 +8,7 @@ import random
 import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+import torch
 
 from lib.errors import UserError
 from lib.tokenizer import INSTRUCTION, LLAMA3, QWEN, Tokenizer, byte_alphabet
@@ -121,6 +122,7 @@ def test_ids(pair, kind):
     )
     for text in texts:
         assert ours.encode(text) == theirs.encode(text, add_special_tokens=False).ids, repr(text)
+        assert ours.decode(torch.tensor(ours.encode(text))) == ours.decode(ours.encode(text))
         assert ours.decode(ours.encode(text)) == theirs.decode(
             ours.encode(text), skip_special_tokens=False
         ), repr(text)

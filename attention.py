@@ -105,7 +105,7 @@ def flash_varlen():
 class Runner:
     """Runs a model on packed rows.
 
-    graphs: in training, rows of one shape are replayed as CUDA graphs. recompute: backward computes
+    graphs: rows of one shape are replayed as CUDA graphs. recompute: backward computes
     each layer again, which takes less memory. Not both. dtype: of the layers' arithmetic.
     """
 
@@ -118,11 +118,12 @@ class Runner:
 
         `rule` is of masks.py. `adapter` names the LoRA adapter to use, None the base alone.
         """
-        if not (self.graphs and self.model.training):
+        if not self.graphs:
             return self.run(inputs_embeds, row, rule, adapter)
-        if (rule, adapter) not in self.recorded:
-            self.recorded[rule, adapter] = RecordedRow(self, inputs_embeds, row, rule, adapter)
-        return self.recorded[rule, adapter].replay(inputs_embeds, row)
+        key = rule, adapter, self.model.training
+        if key not in self.recorded:
+            self.recorded[key] = RecordedRow(self, inputs_embeds, row, rule, adapter)
+        return self.recorded[key].replay(inputs_embeds, row)
 
     def forget(self):
         """Drops recorded and compiled code. It serves only the parameters that learned so far."""

@@ -105,8 +105,8 @@ def flash_varlen():
 class Runner:
     """Runs a model on packed rows.
 
-    graphs: rows of one shape are replayed as CUDA graphs. recompute: backward computes
-    each layer again, which takes less memory. Not both. dtype: of the layers' arithmetic.
+    graphs: rows of one shape are replayed as CUDA graphs. recompute: backward computes each layer
+    again, which takes less memory. Not both. dtype: of the layers' arithmetic.
     """
 
     def __init__(self, model, graphs=False, recompute=False, dtype=None):

@@ -75,11 +75,10 @@ def multiplexed(example, r, rho):
 
 
 @torch.no_grad()
-def encode(encoder, examples, row_tokens, device):
-    """(probs float16 [N, k], ids int32 [N, k]) of each example, on the CPU."""
-    cached, r = [None] * len(examples), encoder.r
+def encode(encoder, examples, shape):
+    """(probs float16 [N, k], ids int32 [N, k]) of each example, on the CPU. `shape` is a row's."""
+    cached, r, device = [None] * len(examples), encoder.r, encoder.latent_query.device
     lengths = [num_tokens("encoder", e, r) for e in examples]
-    shape = row_shape(lengths, len(examples), row_tokens, device)
     for group in distribute(lengths, 1, shape.tokens, shape.examples):
         row = pack_examples("encoder", [examples[i] for i in group], r, shape)
         probs, ids, _ = encoder(to_device(row, device))
@@ -124,8 +123,11 @@ def main():
         model, tokenizer, _ = load_model(config["start"], process.device, process.dtype)
         if process.device.type == "cuda":
             model.compile_layers()
-        encoder = load_encoder(start, Runner(model))
+        encoder = load_encoder(start, Runner(model, process.device.type == "cuda"))
     examples = load_examples(s.data, tokenizer, process.say)
+    if s.phase1:  # all shards have rows of one shape, so a GPU compiles and records once
+        lengths = [num_tokens("encoder", e, encoder.r) for e in examples]
+        shape = row_shape(lengths, min(SHARD, len(lengths)), s.row_tokens, process.device)
     made_from = identity(s, len(examples)) | how
     with output_directory(s.out, s, **made_from) as out:
         process.say(f"{out}: latents of {len(examples)} examples, on {process.device}")
@@ -137,7 +139,7 @@ def main():
                 if s.model:
                     cached = [multiplexed(e, s.compression, s.multiplex) for e in part]
                 else:
-                    cached = encode(encoder, part, s.row_tokens, process.device)
+                    cached = encode(encoder, part, shape)
                 sizes = torch.tensor([len(probs) for probs, _ in cached])
                 probs, ids = map(torch.cat, zip(*cached))
                 write_tensors(path, {"probs": probs, "ids": ids, "sizes": sizes})

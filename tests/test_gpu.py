@@ -300,15 +300,18 @@ def test_cached_latents():
     """Recorded rows of one size make the latents that a CPU makes, shard after shard."""
     encoder = task_of(1, 10).encoder.eval()
     examples = random_examples(60)
-    expected = encode(encoder, examples, 4096, torch.device("cpu"))
+    expected = encode(encoder, examples, data.RowShape(4096, 60))
     there = copy.deepcopy(encoder).to(GPU)
-    there.run = Runner(there.model)
+    there.run = Runner(there.model, graphs=True)
     there.model.compile_layers()
+    lengths = [data.num_tokens("encoder", e, encoder.r) for e in examples]
+    shape = data.row_shape(lengths, 20, 256, GPU)
     got = [
         alpha
         for first in range(0, 60, 20)
-        for alpha in encode(there, examples[first : first + 20], 4096, GPU)
+        for alpha in encode(there, examples[first : first + 20], shape)
     ]
+    assert len(there.run.recorded) == 1
     for (probs, ids), (expected_probs, expected_ids) in zip(got, expected, strict=True):
         assert torch.equal(ids, expected_ids)
         torch.testing.assert_close(probs, expected_probs, atol=2e-3, rtol=0)

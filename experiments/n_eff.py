@@ -49,9 +49,10 @@ class Settings(SamplingParams):
 def load_solutions(paths):
     """{problem: its different chains}, in the order of the files."""
     solutions = {}
-    for line in chain.from_iterable(map(read_jsonl, paths)):
+    for line in chain(*map(read_jsonl, paths)):
         with reading(line["_place"]):
-            solutions.setdefault(text_field(line, "problem"), {})[written_chain(line).strip()] = ()
+            if text := written_chain(line).strip():
+                solutions.setdefault(text_field(line, "problem"), {})[text] = ()
     return solutions
 
 
@@ -141,11 +142,11 @@ def main():
     process, solutions = join(s.device), [*load_solutions(s.data).items()][: s.problems]
     where = process.device, process.dtype
     model, tokenizer, reasoning = load_model(s.model, *where)
-    phase1 = read_json(f"{s.model}/config.json").get("phase1")
-    if not (phase1 and reasoning.top_k):
+    config = read_json(f"{s.model}/config.json")
+    if not (config.get("phase1") and reasoning.top_k):
         raise UserError(f"{s.model}: N_eff needs an encoder, and latents with a top_k")
-    base, _, _ = load_model(read_json(f"{phase1}/config.json")["start"], *where)
-    models = load_encoder(phase1, Runner(base)), Runner(model.eval())
+    base, _, _ = load_model(read_json(f"{config['start']}/config.json")["start"], *where)
+    models = load_encoder(config["start"], Runner(base)), Runner(model.eval())
     ends = tokenizer.end_think, tokenizer.end_of_turn
     prompts = [tokenizer.prompt(problem) for problem, _ in solutions]
     with output_directory(s.out, s) as out:
@@ -153,9 +154,9 @@ def main():
         lines, rng = [], np.random.default_rng(s.seed)
         for i, (problem, texts) in enumerate(tqdm(solutions)):
             if results[i].latents:
-                chains = [tokenizer.encode(text) for text in texts]
+                chains = [*map(tokenizer.encode, texts)]
                 found = measure(prompts[i], chains, results[i], *models, rng)
-                lines.append({"problem": problem} | found)
+                lines += [{"problem": problem} | found]
         write_jsonl(out / "n_eff.problems.jsonl", lines)
         summary = {"problems": len(lines)}
         for key in {key: 0 for line in lines for key in [*line][1:]}:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @settings
 class RunSettings:
-    out: str = "demo"  # directory of everything that is made
+    out: str  # directory of everything that is made
     rates: tuple[Count, ...] = (2,)  # compression rates
     train: Trainings = ("answer-only", "latent", "mux")  # besides CoT-SFT
     rho: float = 0.5  # of mux, the one-stage baseline: its --multiplex

@@ -122,7 +122,7 @@ class PackedBatch:
 
     ids, position_ids: int [T]. latent_index: int [n], where the latents are.
     targets: int [m], tokens to predict. target_index: int [m], whose hidden state predicts each:
-    the position before it, or in the encoder layout its latent's number (0, 1, ...).
+    the position before it, or in the encoder layout the number (0, 1, ...) of its segment's latent.
     """
 
     ids: torch.Tensor
@@ -163,8 +163,9 @@ def pack_examples(name, examples, r=1, shape=None):
 class RowShape:
     """What all rows of a run have in common: at most so many tokens and examples.
 
-    On a GPU rows are filled up to `tokens`. The bounds on documents (examples and filler) and on
-    the longest one are tight: flash attention starts work for all that there might be.
+    `longest` is 0 on a CPU. On a GPU rows are filled up to `tokens`. The bounds on documents
+    (examples and filler) and on the longest one are tight: flash attention starts work for all
+    that there might be.
     """
 
     tokens: int

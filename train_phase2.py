@@ -33,7 +33,7 @@ class Settings(TrainingSettings):
     phase1: str = ""  # the phase 1 run that made them; the student starts from its decoder
     model: str = ""  # addition to the paper (MUX): the model to start from, without phase 1
     lr: float = 3e-4  # peak learning rate
-    epochs: Positive = 50.0  # passes over the data
+    epochs: Positive = 60.0  # passes over the data
     w_ce: float = 1.0  # weight of the cross-entropy of </think> and answer
     w_kl: float = 1.0  # weight of the latents' KL
     noise: float = 0.0  # scale of the Gumbel noise on the latents, input and target

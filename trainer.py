@@ -39,7 +39,7 @@ class TrainingSettings:
     row_tokens: Count = 8192  # tokens of a packed row (micro-batch)
     warmup: Share = 0.05  # share of the steps before the cosine to zero
     save_every: float = 10.0  # seconds between saved states, more where saving takes long
-    keep: int = 0  # models to keep on the way, as step-N beside the last
+    keep: int = 0  # models to keep on the way, as step-N beside the last (not in phase 1)
     checkpoint_activations: bool = False  # less memory: backward computes each layer again
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one

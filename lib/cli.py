@@ -22,7 +22,7 @@ def number(kind, low=0, high=1e300):
     return convert
 
 
-Count, Share, Positive = number(int, 1), number(float, 0, 1), number(float, 0.01)
+Count, Share, Positive = number(int, 1), number(float, 0, 1), number(float, 1e-6)
 Share.__name__ = "share (0 to 1)"
 
 

@@ -1,6 +1,7 @@
 """Faster versions of plain functions. Each has the plain function's result, and a test compares.
 
-What each saves on a GPU was measured alone (bench/README.md). Skip this at first.
+What each saves on a GPU was measured alone (bench/README.md). Skip this at first: `kl_of_logits`
+is the plain loss.
 """
 
 from functools import cache, partial

@@ -243,7 +243,7 @@ def test_what_a_flag_takes_is_named(fails, thinker):
     start = ["--model", thinker(), "--prompt", "1"]
     for flag, value, words in (
         ("--top-p", 1.5, "invalid share (0 to 1) value: '1.5'"),
-        ("--noise-temperature", 0, "invalid float (0.01 or more) value: '0'"),
+        ("--noise-temperature", 0, "invalid float (1e-06 or more) value: '0'"),
         ("--temperature", -1, "invalid float (0 or more) value: '-1'"),
     ):
         fails(sample.main, [*start, flag, value], flag, words, code=2)

@@ -77,11 +77,11 @@ def multiplexed(example, r, rho):
 @torch.no_grad()
 def encode(encoder, examples, shape):
     """(probs float16 [N, k], ids int32 [N, k]) of each example, on the CPU. `shape` is a row's."""
-    cached, r, device = [None] * len(examples), encoder.r, encoder.latent_query.device
+    cached, r = [None] * len(examples), encoder.r
     lengths = [num_tokens("encoder", e, r) for e in examples]
     for group in distribute(lengths, 1, shape.tokens, shape.examples):
         row = pack_examples("encoder", [examples[i] for i in group], r, shape)
-        probs, ids, _ = encoder(to_device(row, device))
+        probs, ids, _ = encoder(to_device(row, encoder.latent_query.device))
         sizes = [num_latents(examples[i], r) for i in group]
         alphas = zip(probs.half().cpu().split(sizes), ids.int().cpu().split(sizes))
         for i, alpha in zip(group, alphas):

@@ -42,7 +42,7 @@ class Settings(TrainingSettings):
     all_weights: bool = False  # all weights learn, not an adapter
     lora_rank: Count = 64  # of the adapter; LoRA's alpha is twice that
     lora_dropout: Share = 0.1  # before the adapter
-    shard: bool = False  # less memory: every rank keeps a share of the frozen layers only
+    shard: bool = False  # less memory: every rank keeps a share of the layers, if they are frozen
 
 
 @dataclass
@@ -139,7 +139,7 @@ def main():
     if not s.all_weights:
         source, facts["adapter"] = None, "student.safetensors"
         lora.add_adapter(model, "student", s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
-    runner = make_runner(model, s, process, s.shard)
+    runner = make_runner(model, s, process, s.shard and not s.all_weights)
     task = Phase2(runner, s, reasoning, tokenizer.end_think[0], source)
     with run_directory(s, "train_phase2", start, reasoning, **facts) as out:
         train(task, examples, s, process, out)

@@ -76,7 +76,10 @@ def multiplexed(example, r, rho):
 
 @torch.no_grad()
 def encode(encoder, examples, shape):
-    """(probs float16 [N, k], ids int32 [N, k]) of each example, on the CPU. `shape` is a row's."""
+    """(probs float16 [N, k], ids int32 [N, k]) of each example, on the CPU.
+
+    Rows are packed in `shape` (data.row_shape).
+    """
     cached, r = [None] * len(examples), encoder.r
     lengths = [num_tokens("encoder", e, r) for e in examples]
     for group in distribute(lengths, 1, shape.tokens, shape.examples):
@@ -119,11 +122,11 @@ def main():
         tokenizer = Tokenizer(resolve(start)[0])
         how = dict(compression=s.compression, multiplex=s.multiplex, top_k=Reasoning.top_k)
     else:
-        config, how = finished_phase1(start), {}
+        config, how, graphs = finished_phase1(start), {}, process.device.type == "cuda"
         model, tokenizer, _ = load_model(config["start"], process.device, process.dtype)
-        if process.device.type == "cuda":
+        if graphs:
             model.compile_layers()
-        encoder = load_encoder(start, Runner(model, process.device.type == "cuda"))
+        encoder = load_encoder(start, Runner(model, graphs))
     examples = load_examples(s.data, tokenizer, process.say)
     if s.phase1:  # all shards have rows of one shape, so a GPU compiles and records once
         lengths = [num_tokens("encoder", e, encoder.r) for e in examples]

@@ -127,9 +127,9 @@ def main():
     process = join(s.device)
     torch.manual_seed(s.seed)
     dtype = torch.float32 if s.all_weights else process.dtype
-    start = start_of(s)
+    start, shard = start_of(s), s.shard and not s.all_weights
     # with --shard the layers are spread later
-    model, tokenizer, _ = load_model(start, "cpu" if s.shard else process.device, dtype)
+    model, tokenizer, _ = load_model(start, "cpu" if shard else process.device, dtype)
     examples = load_examples(s.data, tokenizer, process.say)
     made, cached = read_cache(s.cache, identity(s, len(examples)))
     reasoning = Reasoning("latent", made["top_k"], made["compression"])
@@ -139,7 +139,7 @@ def main():
     if not s.all_weights:
         source, facts["adapter"] = None, "student.safetensors"
         lora.add_adapter(model, "student", s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
-    runner = make_runner(model, s, process, s.shard and not s.all_weights)
+    runner = make_runner(model, s, process, shard)
     task = Phase2(runner, s, reasoning, tokenizer.end_think[0], source)
     with run_directory(s, "train_phase2", start, reasoning, **facts) as out:
         train(task, examples, s, process, out)

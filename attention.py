@@ -1,8 +1,8 @@
 """The model on packed rows under a mask rule; the attention functions of that, and of a KV cache.
 
 Which kernel serves which step:
-    causal packed rows on a GPU     flash attention over documents of any length (varlen)
-    other rules on a GPU            FlexAttention
+    causal rows on a GPU, bf16      flash attention over documents of any length (varlen)
+    other rows on a GPU             FlexAttention
     packed rows on a CPU            SDPA with dense masks, on groups of documents of similar length
     decoding with the KV cache      FlexAttention on a GPU, SDPA on a CPU
 No step costs the square of a packed row's length.
@@ -30,7 +30,7 @@ class PackedAttention:
 
     def __init__(self, labels, rule=causal):
         self.labels, self.rule = labels, rule
-        if labels.document.is_cuda:
+        if labels.document.is_cuda:  # made here, outside the compiled layers
             self.block_mask = self._block_mask()
 
     def __call__(self, q, k, v):
@@ -106,7 +106,7 @@ class Runner:
     """Runs a model on packed rows.
 
     graphs: rows of one shape are replayed as CUDA graphs. recompute: backward computes each layer
-    again, which takes less memory. Not both. dtype: of the layers' arithmetic.
+    again, which takes less memory; then there are no graphs. dtype: of the layers' arithmetic.
     """
 
     def __init__(self, model, graphs=False, recompute=False, dtype=None):
@@ -132,6 +132,7 @@ class Runner:
         gc.collect()
 
     def run(self, inputs_embeds, row, rule, adapter):
+        """The same without graphs."""
         attend = repeat(PackedAttention(row.labels, rule))
         adapted = partial(project, adapter=adapter)
         x = inputs_embeds.to(self.dtype or inputs_embeds.dtype)
@@ -160,6 +161,7 @@ class RecordedRow(nn.Module):
         return self.runner.run(x, self.row, self.rule, self.adapter)
 
     def replay(self, inputs_embeds, row):
+        """Hidden states [T, hidden_size] of `row`, which has the shape of the recorded one."""
         self.row.position_ids.copy_(row.position_ids)
         for name in ("document", "kind", "segment", "starts"):
             getattr(self.row.labels, name).copy_(getattr(row.labels, name))

@@ -99,7 +99,7 @@ def read_cache(directory, expected):
     """
     path = Path(directory) / "cache.json"
     if not path.exists():
-        raise UserError(f"{directory}: is no finished cache; make one with cache_latents.py")
+        raise UserError(f"{directory}: is not a finished cache; make one with cache_latents.py")
     found, cached = read_json(path), []
     for key, value in expected.items():
         if found.get(key) != value:

@@ -71,6 +71,7 @@ def segments(chain, r):
 
 
 def num_latents(e, r):
+    """N: the number of segments, and so of latents, of an example."""
     return -(-len(e.chain) // r)
 
 
@@ -118,11 +119,10 @@ def num_targets(name, e, r=1):
 
 @dataclass
 class PackedBatch:
-    """Examples behind each other in one row of T tokens.
+    """Examples one after another in one row of T tokens.
 
     ids, position_ids: int [T]. latent_index: int [n], where the latents are.
-    targets: int [m], tokens to predict. target_index: int [m], whose hidden state predicts each:
-    the position before it, or in the encoder layout the number (0, 1, ...) of its segment's latent.
+    targets: int [m], tokens to predict. target_index: int [m], the position before each.
     """
 
     ids: torch.Tensor
@@ -135,27 +135,26 @@ class PackedBatch:
 
 def pack(name, layouts, shape=None):
     """One packed row from what `layout` made of each example, with filler up to a GPU's `shape`."""
-    if fill := shape and shape.longest:
-        for start in range(sum(len(x[0]) for x in layouts), shape.tokens, shape.longest):
-            n = min(shape.longest, shape.tokens - start)
+    if longest := shape and shape.longest:
+        for start in range(sum(len(x[0]) for x in layouts), shape.tokens, longest):
+            n = min(longest, shape.tokens - start)
             layouts = [*layouts, [np.zeros(n, np.int64)] * 4]  # prompts that no loss sees
     ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*layouts))
     lengths = torch.tensor([len(x[0]) for x in layouts])
-    if fill:
+    if longest:
         lengths = F.pad(lengths, (0, shape.documents - len(lengths)))
     document = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
     starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-    labels = Labels(
-        document, kind.int(), segment.int(), starts, shape.longest if fill else int(lengths.max())
-    )
+    longest = longest or int(lengths.max())
+    labels = Labels(document, kind.int(), segment.int(), starts, longest)
     latent_index = (kind == LATENT).nonzero().squeeze(1)
-    target = kind == TEXT if name == "encoder" else (kind == TEXT) | (kind == ANSWER)
+    target = (kind == TEXT) | (kind == ANSWER) & (name != "encoder")
     at = target.nonzero().squeeze(1)
-    predicts = torch.searchsorted(latent_index, at) if name == "encoder" else at - 1
-    return PackedBatch(ids, positions, labels, latent_index, predicts, ids[at])
+    return PackedBatch(ids, positions, labels, latent_index, at - 1, ids[at])
 
 
 def pack_examples(name, examples, r=1, shape=None):
+    """One packed row of `examples` in the layout `name`; `shape` as for `pack`."""
     return pack(name, [layout(name, e, segments(e.chain, r)) for e in examples], shape)
 
 

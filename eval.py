@@ -13,7 +13,7 @@ Arms:
     forced   thinks, then gives only what follows "\\boxed{"
     floor    the same without thinking
     random   each latent has random tokens with its probabilities
-    other    each latent is the previous problem's at this place; they repeat if it had fewer
+    other    each latent is the previous problem's at the same place; too few of them repeat
     argmax   each latent is its most likely token
     cut-M    at most M latents
 """
@@ -72,7 +72,7 @@ def load_problems(path):
 
 
 def split_chain(tokens, end_think):
-    """The ids before </think>, and those behind it. Without </think> all are both."""
+    """The ids before </think>, and those after it. Without </think> both are all of `tokens`."""
     for i in range(len(tokens) - len(end_think) + 1):
         if tokens[i : i + len(end_think)] == end_think:
             return tokens[:i], tokens[i + len(end_think) :]
@@ -80,14 +80,14 @@ def split_chain(tokens, end_think):
 
 
 def summarize(lines, samples):
-    """Means over predictions, sorted by problem. Accuracy in %, with a 95% interval.
+    """Means over predictions, sorted by problem. Accuracy in %, interval: half its 95% interval.
 
     pass@k: the share of problems that one of the k samples solves. chain_length is #L. compression
     is #chain tokens / #L. seconds_per_problem counts sampling only, of one sample.
     """
     columns = {key: np.array([line[key] for line in lines]) for key in MEANS}
     correct, lengths = columns["correct"].reshape(-1, samples), columns["chain_length"]
-    interval = 196 * correct.mean(1).std() / len(correct) ** 0.5
+    interval = 1.96 * 100 * correct.mean(1).std() / len(correct) ** 0.5
     summary = {"accuracy": 100 * correct.mean(), "interval": interval, "count": len(correct)}
     if samples > 1:
         summary[f"pass@{samples}"] = 100 * correct.any(1).mean()
@@ -109,6 +109,7 @@ class Arm:
         self.name, self.s, self.tokenizer = name, s, tokenizer
         self.opening = "\\boxed{" if name in ("forced", "floor") else ""
         ends = tokenizer.end_think + tokenizer.encode(self.opening), tokenizer.end_of_turn
+        # makes the latents of the arm "other"
         self.donor = Sampler(model, reasoning, ends, replace(s, max_new_tokens=1), s.batch_size)
         change = {"floor": {"thinking": "none"}, "argmax": {"top_k": 1}}.get(name, {})
         reasoning = replace(reasoning, **change)
@@ -121,7 +122,10 @@ class Arm:
         return probs, sequence.rng.integers(len(self.sampler.model.head), size=len(ids))
 
     def of_others(self, sequence, probs, ids):
-        """The latent of the problem before, at the same place (counted around)."""
+        """The latent of the problem before, at the same place (counted around).
+
+        If that problem has none, the own latent stays.
+        """
         latents = self.others[sequence.number].latents or [(probs, ids)]
         return latents[(len(sequence.latents) - 1) % len(latents)]
 
@@ -169,8 +173,8 @@ def read_predictions(path, problems, samples):
         with reading(path):
             line = json.loads(text)
         lines[line["number"]] = line
-        known = [p[:2] for p in problems[line["number"] // samples :][:1]]
-        if [(line["problem"], line["reference"])] != known:
+        index = line["number"] // samples
+        if index >= len(problems) or (line["problem"], line["reference"]) != problems[index][:2]:
             raise UserError(f"{path}: predicts other problems; choose another --out")
     new = [line for line in lines.values() if "correct" not in line]
     for line, right in zip(new, grade([(x["reference"], x["answer"]) for x in new])):

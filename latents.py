@@ -40,9 +40,9 @@ def induce(hidden_states, embedding, k):
 
 
 def cross_entropy(hidden_states, head, targets, weights=None):
-    """Sum of weight * cross-entropy over targets [n]: the KL from a one-hot distribution.
+    """Sum of weight * cross-entropy, a float32 scalar: the KL from a one-hot distribution.
 
-    weights: float [n]; without them all are 1.
+    hidden_states [n, d], head [V, d], targets int [n]. weights: float [n], or None, all 1.
     """
     ones = precise(hidden_states.new_ones(len(targets)))
     weights = ones if weights is None else weights

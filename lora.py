@@ -56,6 +56,7 @@ def projections(model):
 
 
 def add_adapter(model, name, rank, lora_alpha, dropout=0.0):
+    """Gives every projection a new adapter of that name, in float32, beside those it has."""
     for _, linear in projections(model):
         if not hasattr(linear, "adapters"):
             linear.adapters = nn.ModuleDict()

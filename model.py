@@ -1,4 +1,4 @@
-"""The Llama / Qwen2 / Qwen3 decoder. Parameters have Hugging Face's names.
+"""The Llama / Qwen2 / Qwen3 language model. Parameters have Hugging Face's names.
 
 Tokens lie flat: tensors are [T, ...]. T counts the tokens of a packed row, or one token for each of
 T sequences. The caller passes in what may differ: attention (attention.py) and, where adapters are

@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 import torch
 
-from attention import BLOCK, KVCache
+from attention import KVCache
 from data import Example, pack_examples, to_device
 from latents import add_noise, superpose, top_probs
 from lib.cli import Count, Positive, Share, parse, settings
@@ -23,6 +23,7 @@ from lib.errors import UserError
 from lib.fast import recorded
 from lib.run import join
 from load_hf_weights import load_model
+from masks import BLOCK
 
 PREFILL = 2**14  # tokens of prompts that are read at a time
 SHOWN = 10  # tokens of a full-vocabulary latent that a result keeps
@@ -53,7 +54,7 @@ class Settings(SamplingParams):
 class Sequence:
     """Where one prompt is: it thinks, then closes (reads </think>), then answers.
 
-    latents: (probs float32 [k], ids int64 [k]) of each that it read, the most likely token first.
+    latents: numpy (probs float32 [k], ids int64 [k]) of each that it read, likeliest token first.
     tokens: what it sampled, without the end-of-turn token. finished: that token came in time.
     """
 
@@ -67,7 +68,7 @@ class Sequence:
     def advance(self, token, top, latent):
         """What it reads next: a token, THOUGHT or DONE.
 
-        The model would say `token`; `top` is the most likely one. It would think `latent`, (probs
+        token: the id that was sampled. top: the most likely id. latent: the superposition, (probs
         [k], ids [k]). Thinking ends where the first token of </think> is most likely, or at the
         budget.
         """
@@ -79,8 +80,10 @@ class Sequence:
         if self.closing:
             return self.closing.pop(0)
         self.finished = token == self.sampler.end_of_turn
-        self.tokens += [] if self.finished else [token]
-        return DONE if self.finished or len(self.tokens) >= p.max_new_tokens else token
+        if self.finished:
+            return DONE
+        self.tokens.append(token)
+        return DONE if len(self.tokens) >= p.max_new_tokens else token
 
 
 def pick(logits, uniform, temperature, top_p):
@@ -100,21 +103,22 @@ class Sampler:
     """Up to `batch_size` sequences side by side; a finished one's slot goes to the next prompt.
 
     ends: the ids that are fed when thinking ends, and the end-of-turn id. replace(sequence,
-    probs [k], ids [k]): an intervention, (probs, ids) of what is fed instead of a latent; the
-    default is the noise.
+    probs, ids): an intervention. It gets a latent, numpy (probs [k], ids [k]), and returns what is
+    fed instead. The default is the noise.
     """
 
     def __init__(self, model, reasoning, ends, params, batch_size=1, replace=None):
         self.model, self.device, self.cache = model, model.head.device, None
         self.params, self.batch_size, self.k = params, batch_size, reasoning.top_k
-        self.thinking, (self.end_think, self.end_of_turn) = reasoning.thinking, ends
+        self.thinking = reasoning.thinking
+        self.end_think, self.end_of_turn = ends
         self.replace = replace or (self.noisy if params.noise else None)
         if self.k == 0 and self.replace:
             raise UserError("latents of the full vocabulary (top_k = 0) cannot be replaced")
 
     def noisy(self, sequence, probs, ids):
         p, noise = self.params, torch.from_numpy(sequence.rng.gumbel(size=len(probs)))
-        alpha = torch.from_numpy(probs), torch.from_numpy(ids)
+        alpha = map(torch.from_numpy, (probs, ids))
         probs = add_noise(*alpha, noise, self.end_think[0], p.noise, p.noise_temperature).numpy()
         order = (-probs).argsort()
         return probs[order], ids[order]
@@ -150,10 +154,10 @@ class Sampler:
         proposed = self.proposed.tolist()
         probs, ids = (x.cpu().numpy().copy() for x in (self.probs, self.ids))
         for slot, s in running.items():
-            latent = probs[slot], ids[slot]  # views: the sequence keeps what replaces them below
-            reads[slot] = s.advance(*proposed[slot], latent)
+            reads[slot] = s.advance(*proposed[slot], (probs[slot], ids[slot]))
             if self.replace and reads[slot] == THOUGHT:  # the one place where a latent is replaced
-                probs[slot], ids[slot] = self.replace(s, *latent)
+                probs[slot], ids[slot] = self.replace(s, probs[slot], ids[slot])
+                s.latents[-1] = probs[slot], ids[slot]
         if self.replace:
             alpha = (torch.from_numpy(x).to(self.device) for x in (probs, ids))
             self.z.copy_(superpose(*alpha, self.model.embed_tokens.weight))
@@ -163,7 +167,7 @@ class Sampler:
     def prepare(self, prompts):
         """Memory for `batch_size` slots. A GPU compiles and records its step here.
 
-        What is there from before is kept if it will do.
+        The memory of an earlier call is kept if it is large enough.
         """
         p, device, model = self.params, self.device, self.model
         longest = max(map(len, prompts), default=0) + len(self.end_think)
@@ -201,16 +205,17 @@ class Sampler:
                 attend = self.cache.prefill(slots, packed.labels, packed.position_ids)
                 x = self.model.embed_tokens(packed.ids)
                 h = self.model(x, packed.position_ids, attend)
-            self._look(h[packed.labels.starts[1:].long() - 1], slots)
+            self._propose(h[packed.labels.starts[1:].long() - 1], slots)
 
     def _step(self):
         """Every slot reads `token`: a token, the latent that it made last, or nothing."""
         x = self.model.embed_tokens(self.token.clamp(0))
         x = torch.where((self.token == THOUGHT)[:, None], self.z, x)
-        position_ids, attend = self.cache.lengths.clone(), self.cache.decode(self.token != DONE)
-        self._look(self.model(x, position_ids, attend), self.slots)
+        position_ids = self.cache.lengths.clone()  # decode() advances the lengths
+        attend = self.cache.decode(self.token != DONE)
+        self._propose(self.model(x, position_ids, attend), self.slots)
 
-    def _look(self, h, slots):
+    def _propose(self, h, slots):
         """What `slots` would think and say next, from their last hidden states [n, hidden_size]."""
         p, logits = self.params, h @ self.model.head.T
         probs, ids = top_probs(logits, self.k)

@@ -26,7 +26,7 @@ from lib.files import read_json, write_json
 from lib.run import join
 from load_hf_weights import Reasoning, load_model
 import lora
-from masks import RULES, causal
+from masks import RULES, causal, induction
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
 LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder", "decoder")}
@@ -66,7 +66,7 @@ class Encoder(nn.Module):
     def __init__(self, runner, r, k, no_induction=False):
         super().__init__()
         self.run, self.model, self.r, self.k = runner, runner.model, r, k
-        self.rule = causal if no_induction else RULES["encoder"]
+        self.rule = causal if no_induction else induction
         self.latent_query = nn.Parameter(self.model.embed_tokens.weight.float().mean(0))
 
     def forward(self, row):
@@ -86,13 +86,13 @@ class Encoder(nn.Module):
 class Phase1(Task):
     """`learns` names the adapters that learn, w_segment weighs latents.segment_loss.
 
-    segments False, an ablation: the decoder has the latent layout, so only answers are targets.
+    no_segments, an ablation: the decoder has the latent layout, so only answers are targets.
     """
 
-    def __init__(self, runner, encoder, learns, segments=True, w_segment=0.0):
+    def __init__(self, runner, encoder, learns, no_segments=False, w_segment=0.0):
         super().__init__()
         self.run, self.model, self.encoder, self.learns = runner, runner.model, encoder, learns
-        self.r, self.layouts = encoder.r, ("encoder", "decoder" if segments else "latent")
+        self.r, self.layouts = encoder.r, ("encoder", "latent" if no_segments else "decoder")
         if w_segment and "encoder" in learns:
             self.weights = {"ce": 1.0, "segment": w_segment}
         self.requires_grad_(False)
@@ -113,7 +113,9 @@ class Phase1(Task):
         E = self.model.embed_tokens.weight.detach()
         probs, ids, h = self.encoder(enc)
         if "segment" in self.weights:
-            parts["segment"] = segment_loss(h, E, enc.target_index, enc.targets)
+            # a chain token belongs to the next L
+            latent = torch.searchsorted(enc.latent_index, enc.target_index, right=True)
+            parts["segment"] = segment_loss(h, E, latent, enc.targets)
         z = superpose(probs, ids, E)
         x = self.model.embed_tokens(dec.ids).index_copy(0, dec.latent_index, z)
         h = self.run(x, dec, RULES[self.layouts[1]], "decoder")
@@ -131,10 +133,10 @@ class Phase1(Task):
 
 
 def finished_phase1(path):
-    """The config of a finished phase 1 run. Raises UserError if `path` is none."""
+    """The config of a finished phase 1 run. Raises UserError if `path` is not such a run."""
     config = read_json(Path(path) / "config.json")
     if config.get("command") != "train_phase1" or not (Path(path) / "finished.json").exists():
-        raise UserError(f"{path}: is no finished run of train_phase1.py")
+        raise UserError(f"{path}: is not a finished run of train_phase1.py")
     return config
 
 
@@ -162,7 +164,7 @@ def main():
     with run_directory(s, "train_phase1", s.model, reasoning, adapter=adapter) as out:
         lists = {"lr": s.lr, "epochs": s.epochs, "max_steps": s.max_steps}
         for i, step in enumerate(s.steps):
-            task = Phase1(runner, encoder, LEARNS[step], not s.no_segments, s.w_segment)
+            task = Phase1(runner, encoder, LEARNS[step], s.no_segments, s.w_segment)
             each = {key: values[min(i, len(values) - 1)] for key, values in lists.items()}
             train(task, examples, replace(s, **each), process, out / step)
         write_json(out / "finished.json", {})

@@ -38,7 +38,7 @@ class Settings(TrainingSettings):
     w_kl: float = 1.0  # weight of the latents' KL
     noise: float = 0.0  # scale of the Gumbel noise on the latents, input and target
     noise_temperature: Positive = 1.0  # temperature of the noisy softmax
-    scheduled_sampling: Share = 0.0  # addition: share of examples with own latents
+    scheduled_sampling: Share = 0.0  # addition: chance that an example reads its own latents
     all_weights: bool = False  # all weights learn, not an adapter
     lora_rank: Count = 64  # of the adapter; LoRA's alpha is twice that
     lora_dropout: Share = 0.1  # before the adapter
@@ -56,9 +56,10 @@ class LatentRow:
 
 
 class Phase2(Task):
-    """The adapter "student" learns. With `source`, the model's checkpoint, all weights do.
+    """The adapter "student" learns, or with s.all_weights all weights.
 
-    end_think: the token that noise must not put on top.
+    end_think: the token that noise must not put on top. source: the checkpoint directory from which
+    `save` copies config and tokenizer beside all weights.
     """
 
     layouts = ("latent",)
@@ -68,8 +69,8 @@ class Phase2(Task):
         self.run, self.model, self.s, self.source = runner, runner.model, s, source
         self.reasoning, self.r, self.end_think = reasoning, reasoning.compression, end_think
         self.weights = {"ce": s.w_ce, "kl": s.w_kl}
-        self.adapter = None if source else "student"
-        if source:
+        self.adapter = None if s.all_weights else "student"
+        if s.all_weights:
             self.model.requires_grad_(True)
 
     def counts(self, examples):
@@ -99,7 +100,7 @@ class Phase2(Task):
         return {"ce": cross_entropy(h[row.target_index], head, row.targets), "kl": kl}
 
     def with_own_latents(self, x, row, E):
-        """x with the model's own latents in a random share of the examples. Targets stay.
+        """x with the model's own latents in some examples, drawn at random. Targets stay.
 
         Each is what inference would feed at its place, if it had read x so far (up to rounding).
         Where the model is in doubt, its latent mixes several continuations. A cached one does not.
@@ -116,7 +117,7 @@ class Phase2(Task):
         return x.index_copy(0, index, z)
 
     def save(self, out):
-        if self.source:
+        if self.s.all_weights:
             save_checkpoint(self.model, self.source, out / "model", self.reasoning)
         else:
             lora.save_adapter(out / "student.safetensors", self.model, "student")
@@ -135,12 +136,12 @@ def main():
     reasoning = Reasoning("latent", made["top_k"], made["compression"])
     for example, alpha in zip(examples, cached):
         example.alpha = alpha
-    source, facts = resolve(start)[0], {"multiplex": made.get("multiplex")}
+    facts = {"multiplex": made.get("multiplex")}
     if not s.all_weights:
-        source, facts["adapter"] = None, "student.safetensors"
+        facts["adapter"] = "student.safetensors"
         lora.add_adapter(model, "student", s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
     runner = make_runner(model, s, process, shard)
-    task = Phase2(runner, s, reasoning, tokenizer.end_think[0], source)
+    task = Phase2(runner, s, reasoning, tokenizer.end_think[0], resolve(start)[0])
     with run_directory(s, "train_phase2", start, reasoning, **facts) as out:
         train(task, examples, s, process, out)
 

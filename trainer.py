@@ -39,7 +39,7 @@ class TrainingSettings:
     row_tokens: Count = 8192  # tokens of a packed row (micro-batch)
     warmup: Share = 0.05  # share of the steps before the cosine to zero
     save_every: float = 10.0  # seconds between saved states, more where saving takes long
-    keep: int = 0  # models to keep on the way, as step-N beside the last (not in phase 1)
+    keep: int = 0  # models to keep on the way, as step-N beside the last (phase 1: adapters)
     checkpoint_activations: bool = False  # less memory: backward computes each layer again
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
@@ -57,7 +57,7 @@ class Task(nn.Module):
     """
 
     weights = {"ce": 1.0}
-    layouts = ("cot",)  # that an example takes in a row
+    layouts = ("cot",)  # in which an example is packed
     r = 1
 
     def length(self, example):
@@ -136,6 +136,11 @@ def train(task, examples, s, process, out):
 
 
 class Trainer:
+    """One training: examples, optimizer and saved state. Every rank has one.
+
+    The rows of a step are futures: a thread packs them while the step before runs.
+    """
+
     def __init__(self, task, examples, s, process, out):
         self.task, self.examples, self.s, self.process, self.out = task, examples, s, process, out
         self.steps = s.max_steps or math.ceil(s.epochs * len(examples) / s.batch_size)
@@ -143,14 +148,13 @@ class Trainer:
         task.to(device).train()
         self.shape = row_shape(lengths, s.batch_size / process.world, s.row_tokens, device)
         self.learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
-        fused = device.type == "cuda"
         self.optimizer = torch.optim.AdamW(
-            self.learned.values(), betas=(0.9, 0.95), weight_decay=0.01, fused=fused
+            self.learned.values(), betas=(0.9, 0.95), weight_decay=0.01, fused=device.type == "cuda"
         )
         for p in self.learned.values():
             p.grad = torch.zeros_like(p)  # else a CUDA graph's memory would hold it
-        self.progress, self.builder = {"steps": 0, "seconds": 0.0}, ThreadPoolExecutor(1)
-        self.ddp = task
+        self.progress = {"steps": 0, "seconds": 0.0}
+        self.packer, self.ddp = ThreadPoolExecutor(1), task
         if process.world > 1:  # CUDA graphs must be recorded before DDP holds the gradients' nodes
             _, rows = self.batch(0)
             task(to_device(rows[0].result(), device))
@@ -190,11 +194,12 @@ class Trainer:
         return examples, self.rows(examples)
 
     def rows(self, examples):
-        """This rank's rows of `examples`, being packed."""
+        """This rank's rows of `examples`, as futures."""
         p, shape, lengths = self.process, self.shape, [*map(self.task.length, examples)]
         rows = distribute(lengths, p.world, shape.tokens, shape.examples)[p.rank :: p.world]
-        mine = ([examples[i] for i in row] for row in rows)
-        return [self.builder.submit(self.task.pack, x, shape) for x in mine]
+        return [
+            self.packer.submit(self.task.pack, [examples[i] for i in row], shape) for row in rows
+        ]
 
     def backward(self, examples, rows):
         """The gradient of the mean loss of `examples`. Returns {part: mean} over all ranks."""
@@ -235,7 +240,7 @@ class Trainer:
                 file.write(json.dumps(line) + "\n")
 
     def announce(self, first):
-        """Says what is trained on what. Drops metrics behind the state from which a run goes on."""
+        """Says what is trained on what. Drops metrics after the state from which a run goes on."""
         learned, path = sum(p.numel() for p in self.learned.values()), self.out / "metrics.jsonl"
         self.process.say(
             f"{self.out}: {learned:,} parameters learn from {len(self.examples)} examples of "

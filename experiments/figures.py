@@ -22,7 +22,7 @@ def save(figure, path):
 def draw_masks(path, parts, r):
     """Encoder and decoder mask. A coloured cell: the query (row) may look at the key (column).
 
-    The number behind a token is its position. `parts` are the texts of the tokens of prompt, chain,
+    The number after a token is its position. `parts` are the texts of the tokens of prompt, chain,
     </think> and answer.
     """
     texts = sum(parts, [])

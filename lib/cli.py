@@ -27,7 +27,7 @@ Share.__name__ = "share (0 to 1)"
 
 
 def comments(cls):
-    """The comment behind each field of a class of settings, its base classes included."""
+    """The comment after each field of a class of settings, its base classes included."""
     source = "".join(inspect.getsource(base) for base in cls.__mro__[-2::-1])
     return dict(re.findall(r"^    (\w+):.*?#\s(.*)$", source, re.M))
 

@@ -61,7 +61,7 @@ class GradientOfB(torch.autograd.Function):
 
 
 def kl_of_logits(logits, probs, ids, weights):
-    """KLDivergence for logits [n, V]."""
+    """KLDivergence, a float32 scalar, for logits [n, V]; probs, ids [n, k] and weights [n]."""
     x = precise(logits)
     log_q = (x.gather(-1, ids) if ids.shape[1] else x) - x.logsumexp(-1, keepdim=True)
     return (weights[:, None] * (torch.xlogy(probs, probs) - probs * log_q)).sum()

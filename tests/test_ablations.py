@@ -40,7 +40,7 @@ def encoder_states(hf, ex, query, r, induction):
 )
 def test_phase1_loss(checkpoint, examples, k, induction, segments):  # noqa: F811
     directory, r = checkpoint("qwen3", True), 2
-    task = phase1_task(directory, r, k, segments=segments, no_induction=not induction)
+    task = phase1_task(directory, r, k, no_segments=not segments, no_induction=not induction)
     model, encoder = task.model, task.encoder
     hf_encoder, hf_decoder = (merged_hf(directory, model, name) for name in ("encoder", "decoder"))
     query, E, losses = (
@@ -74,7 +74,7 @@ def test_all_weights_learn(checkpoint, examples):  # noqa: F811
         )
         alphas.append(alpha)
         with_latents.append(replace(e, alpha=(alpha[0], alpha[1])))
-    task = Phase2(Runner(model), phase2_settings(), Reasoning("latent", 4, r), 0, source=directory)
+    task = Phase2(Runner(model), phase2_settings(all_weights=True), Reasoning("latent", 4, r), 0)
     loss, gradients = mean_loss(task, with_latents)
     expected, *_ = oracle.phase2_loss(hf, list(map(theirs, examples)), alphas)
     assert loss == pytest.approx(expected.item(), abs=1e-4)

@@ -117,7 +117,7 @@ def test_phase2_refuses_what_does_not_fit(command, checkpoint, data, run, tmp_pa
         (phase2_arguments(run, shorter, cache, out), "count is 40 in the cache and 30 here"),
         (phase2_arguments(other_run, data, cache, out), "encoder is"),
         (phase2_arguments(other_base, data, cache, out), "encoder is"),
-        (phase2_arguments(run, data, tmp_path / "nowhere", out), "is no finished cache"),
+        (phase2_arguments(run, data, tmp_path / "nowhere", out), "is not a finished cache"),
         (flags(model=checkpoint(), cache=cache, data=data, out=out), "and None here"),
     ):
         code, _, error = command(train_phase2.main, *arguments)

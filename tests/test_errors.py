@@ -83,7 +83,7 @@ def test_an_unfinished_run_is_no_base(command, fails, checkpoint, data, tmp_path
     fails(
         cache_latents.main,
         ["--phase1", run, "--data", data, "--out", tmp_path / "out"],
-        "is no finished run",
+        "is not a finished run",
     )
     fails(load_hf_weights.main, ["--model", run, "--out", tmp_path / "out"], "is not finished")
     fails(
@@ -172,12 +172,12 @@ def test_missing_files(fails, checkpoint, data, tmp_path):
     fails(
         train_phase2.main,
         ["--phase1", checkpoint(), "--cache", empty, "--data", data, "--out", tmp_path / "out"],
-        "is no finished run of train_phase1.py",
+        "is not a finished run of train_phase1.py",
     )
     fails(
         cache_latents.main,
         ["--phase1", checkpoint(), "--data", data, "--out", tmp_path / "out"],
-        "is no finished run of train_phase1.py",
+        "is not a finished run of train_phase1.py",
     )
     fails(train_sft.main, sft(checkpoint(), tmp_path, tmp_path / "out"), "Is a directory")
     fails(train_sft.main, sft(checkpoint(), data, data / "below"), "Not a directory")

@@ -6,7 +6,6 @@ python -m pytest -m gpu tests
 import copy
 from dataclasses import replace
 import json
-from pathlib import Path
 import random
 import shutil
 import sys
@@ -96,9 +95,9 @@ def task_of(phase: int, k: int, how: str = ""):
         encoder = Encoder(run, 3, k)
         encoder.latent_query.data = 0.05 * torch.randn(CONFIG.hidden_size)
         return Phase1(run, encoder, ("encoder", "decoder"), w_segment=0.5)
-    s = phase2_settings(scheduled_sampling=1.0 if "own" in how else 0.0)
-    source = Path("no adapter") if "all weights" in how else None
-    return Phase2(run, s, Reasoning("latent", k, 3), 0, source)
+    chance = 1.0 if "own" in how else 0.0
+    s = phase2_settings(scheduled_sampling=chance, all_weights="all weights" in how)
+    return Phase2(run, s, Reasoning("latent", k, 3), 0)
 
 
 def losses_and_gradients(task, examples, device, shape=None):

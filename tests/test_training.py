@@ -232,10 +232,9 @@ def test_own_latents(checkpoint, examples, tied, k):
     for share in (0.0, 1e-9):  # the pass that makes own latents takes no gradient
         task2 = Phase2(
             Runner(model),
-            phase2_settings(scheduled_sampling=share),
+            phase2_settings(scheduled_sampling=share, all_weights=True),
             Reasoning("latent", k, 2),
             0,
-            directory,
         )
         gradients.append(mean_loss(task2, with_latents)[1])
     assert (
@@ -664,13 +663,13 @@ def test_every_rank_gets_as_many_rows():
             assert shape.tokens == 20
             return examples
 
-    with ThreadPoolExecutor(1) as builder:
+    with ThreadPoolExecutor(1) as packer:
         for count in range(3, 25, 3):  # ranks have equal shares of a batch
             shares = []
             for rank in range(3):
                 part = types.SimpleNamespace(
                     task=Numbers(),
-                    builder=builder,
+                    packer=packer,
                     shape=data_module.RowShape(20, 99),
                     process=types.SimpleNamespace(rank=rank, world=3),
                 )

@@ -63,7 +63,7 @@ def segment_loss(hidden_states, embedding, latent, tokens):
 
 
 def add_noise(probs, ids, gumbel, forbidden, scale, temperature):
-    """alpha' = softmax((log alpha + s g) / t), s g clamped to [-1.5, 3]; `gumbel` g like probs.
+    """alpha' = softmax((log alpha + c g) / t), c g clamped to [-1.5, 3]; `gumbel` g like probs.
 
     A latent whose alpha' would have the token `forbidden` on top keeps its alpha.
     """

@@ -2,7 +2,7 @@
 
     python train_phase1.py --model runs/cot --data train.jsonl --out runs/phase1 --compression 2
 
-Encoder and decoder are two adapters on one frozen base. Three steps, each starts from the last:
+Encoder and decoder are two adapters on one frozen base. Three steps, each goes on from the last:
     encoder    the encoder's adapter and the latent query learn, the decoder is the base
     decoder    the decoder's adapter learns, the encoder is frozen
     joint      both learn

@@ -72,7 +72,9 @@ def test_against_brute_force(name):
             for i, x in enumerate(x for e in examples for x in oracle.labels(name, e, r))
             if x is not None
         ]
-        if name == "encoder":  # the chain tokens; test_segment_loss says to which latents they belong
+        if (
+            name == "encoder"
+        ):  # the chain tokens; test_segment_loss says to which latents they belong
             wanted = [(place - 1, t) for place, (t, kind, _) in enumerate(tokens) if kind == "S"]
         assert list(zip(row.target_index.tolist(), row.targets.tolist())) == wanted
         assert sum(data.num_tokens(name, e, r) for e in mine) == len(tokens)

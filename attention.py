@@ -57,7 +57,8 @@ class PackedAttention:
         return [(x, (mask | (x < 0)[:, :, None])[:, None]) for x, mask in zip(grids, seen)]
 
     def _by_length(self, q, k, v):
-        out, gqa = torch.zeros_like(q), q.shape[1] != k.shape[1]
+        out = torch.zeros_like(q)
+        gqa = q.shape[1] != k.shape[1]
         for grid, mask in self.groups:
             at, shape, real = grid.clamp(min=0).flatten(), grid.shape, grid >= 0
             qkv = (x.index_select(0, at).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
@@ -186,7 +187,8 @@ class KVCache:
 
     def prefill(self, slots, labels, position_ids):
         """Attention of each layer for packed prompts: document i goes to cache slot slots[i]."""
-        attend, slot = PackedAttention(labels), slots[labels.document]
+        attend = PackedAttention(labels)
+        slot = slots[labels.document]
         self.lengths[slots] = labels.starts.diff().long()
 
         def of_layer(kv):

@@ -74,6 +74,16 @@ def multiplexed(example, r, rho):
     return (masses / masses.sum(-1, keepdim=True)).half(), ids
 
 
+def fast_encoder(phase1, process):
+    """The encoder of a phase 1 run, and the tokenizer. A GPU compiles and records the encoder."""
+    base = finished_phase1(phase1)["start"]
+    graphs = process.device.type == "cuda"
+    model, tokenizer, _ = load_model(base, process.device, process.dtype)
+    if graphs:
+        model.compile_layers()
+    return load_encoder(phase1, Runner(model, graphs)), tokenizer
+
+
 @torch.no_grad()
 def encode(encoder, examples, shape):
     """(probs float16 [N, k], ids int32 [N, k]) of each example, on the CPU.
@@ -100,11 +110,12 @@ def read_cache(directory, expected):
     path = Path(directory) / "cache.json"
     if not path.exists():
         raise UserError(f"{directory}: is not a finished cache; make one with cache_latents.py")
-    found, cached = read_json(path), []
+    found = read_json(path)
     for key, value in expected.items():
         if found.get(key) != value:
             was = f"{key} is {found.get(key)} in the cache and {value} here"
             raise UserError(f"{directory}: {was}; make a cache for this start and this data")
+    cached = []
     for shard in sorted(path.parent.glob("shard-*.safetensors")):
         tensors, _ = read_tensors(shard)
         sizes = tensors["sizes"].tolist()
@@ -122,11 +133,8 @@ def main():
         tokenizer = Tokenizer(resolve(start)[0])
         how = dict(compression=s.compression, multiplex=s.multiplex, top_k=Reasoning.top_k)
     else:
-        config, how, graphs = finished_phase1(start), {}, process.device.type == "cuda"
-        model, tokenizer, _ = load_model(config["start"], process.device, process.dtype)
-        if graphs:
-            model.compile_layers()
-        encoder = load_encoder(start, Runner(model, graphs))
+        encoder, tokenizer = fast_encoder(start, process)
+        how = {}
     examples = load_examples(s.data, tokenizer, process.say)
     if s.phase1:  # all shards have rows of one shape, so a GPU compiles and records once
         lengths = [num_tokens("encoder", e, encoder.r) for e in examples]

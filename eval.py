@@ -86,7 +86,8 @@ def summarize(lines, samples):
     is #chain tokens / #L. seconds_per_problem counts sampling only, of one sample.
     """
     columns = {key: np.array([line[key] for line in lines]) for key in MEANS}
-    correct, lengths = columns["correct"].reshape(-1, samples), columns["chain_length"]
+    correct = columns["correct"].reshape(-1, samples)
+    lengths = columns["chain_length"]
     interval = 1.96 * 100 * correct.mean(1).std() / len(correct) ** 0.5
     summary = {"accuracy": 100 * correct.mean(), "interval": interval, "count": len(correct)}
     if samples > 1:
@@ -148,7 +149,8 @@ class Arm:
 
     def prediction(self, problem, r):
         """A readable line about a sample r, a sample.Sequence, without its verdict."""
-        decode, chain, answer = self.tokenizer.decode, [], r.tokens
+        decode = self.tokenizer.decode
+        chain, answer = [], r.tokens
         if self.sampler.thinking == "text":
             chain, answer = split_chain(r.tokens, self.tokenizer.end_think)
         top = [zip(probs[:5].tolist(), ids.tolist()) for probs, ids in r.latents]
@@ -205,7 +207,8 @@ def main():
     if len(problems) < len(s.data):
         raise UserError("--data: two files have the same name, which names their results")
     loaded = load_model(s.model, process.device, process.dtype)
-    arms, summaries = [Arm(name, s, *loaded) for name in s.arms], {}
+    arms = [Arm(name, s, *loaded) for name in s.arms]
+    summaries = {}
     with output_directory(s.out, s, command="eval", weights=fingerprint(s.model)) as out:
         for file, of_file in problems.items():
             for arm in arms:

@@ -86,7 +86,8 @@ def weight_files(directory):
 
 def load_checkpoint(directory, device="cpu", dtype=torch.float32):
     """The model in a hub directory, frozen. UserError names a tensor that does not fit."""
-    config, weights = read_config(directory), {}
+    config = read_config(directory)
+    weights = {}
     with torch.device("meta"):
         model = Model(config)
     expected = {hf_name(n): (n, p.shape) for n, p in model.named_parameters()}

@@ -117,7 +117,8 @@ class Sampler:
             raise UserError("latents of the full vocabulary (top_k = 0) cannot be replaced")
 
     def noisy(self, sequence, probs, ids):
-        p, noise = self.params, torch.from_numpy(sequence.rng.gumbel(size=len(probs)))
+        p = self.params
+        noise = torch.from_numpy(sequence.rng.gumbel(size=len(probs)))
         alpha = map(torch.from_numpy, (probs, ids))
         probs = add_noise(*alpha, noise, self.end_think[0], p.noise, p.noise_temperature).numpy()
         order = (-probs).argsort()
@@ -130,7 +131,8 @@ class Sampler:
         A prompt's random numbers depend on the seed and its number (its place, or `numbers`), not
         on the batch. After each step watch(sequence) is called with each unfinished one.
         """
-        numbers, running = numbers or range(len(prompts)), {}
+        numbers = numbers or range(len(prompts))
+        running = {}
         waiting = deque(Sequence(*x, self) for x in zip(prompts, numbers))
         self.prepare(prompts)
         while waiting or running:
@@ -192,9 +194,11 @@ class Sampler:
 
     def _read(self, new):
         """Reads the prompts of new sequences into their slots."""
-        p, longest = self.params, max(len(s.prompt) for s in new.values())
+        p = self.params
+        longest = max(len(s.prompt) for s in new.values())
         for part in torch.tensor([*new]).split(max(1, PREFILL // longest)):
-            sequences, slots = [new[slot] for slot in part.tolist()], part.to(self.device)
+            sequences = [new[slot] for slot in part.tolist()]
+            slots = part.to(self.device)
             if p.temperature >= GREEDY:
                 rngs = (np.random.default_rng((p.seed, s.number, 1)) for s in sequences)
                 draws = [rng.random(self.uniform.shape[1], dtype=np.float32) for rng in rngs]
@@ -217,7 +221,8 @@ class Sampler:
 
     def _propose(self, h, slots):
         """What `slots` would think and say next, from their last hidden states [n, hidden_size]."""
-        p, logits = self.params, h @ self.model.head.T
+        p = self.params
+        logits = h @ self.model.head.T
         probs, ids = top_probs(logits, self.k)
         if self.thinking == "latent":
             self.z[slots] = superpose(probs, ids, self.model.embed_tokens.weight)

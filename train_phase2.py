@@ -128,7 +128,8 @@ def main():
     process = join(s.device)
     torch.manual_seed(s.seed)
     dtype = torch.float32 if s.all_weights else process.dtype
-    start, shard = start_of(s), s.shard and not s.all_weights
+    start = start_of(s)
+    shard = s.shard and not s.all_weights
     # with --shard the layers are spread later
     model, tokenizer, _ = load_model(start, "cpu" if shard else process.device, dtype)
     examples = load_examples(s.data, tokenizer, process.say)

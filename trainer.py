@@ -144,8 +144,9 @@ class Trainer:
     def __init__(self, task, examples, s, process, out):
         self.task, self.examples, self.s, self.process, self.out = task, examples, s, process, out
         self.steps = s.max_steps or math.ceil(s.epochs * len(examples) / s.batch_size)
-        device, lengths = process.device, [*map(task.length, examples)]
+        device = process.device
         task.to(device).train()
+        lengths = [*map(task.length, examples)]
         self.shape = row_shape(lengths, s.batch_size / process.world, s.row_tokens, device)
         self.learned = {n: p for n, p in task.named_parameters() if p.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -167,7 +168,8 @@ class Trainer:
         first, s, main = self.progress["steps"], self.s, self.process.main
         self.announce(first)
         kept = {self.steps * i // (s.keep + 1) for i in range(1, s.keep + 1)}
-        begin, next_save = time.time() - self.progress["seconds"], 0.0
+        begin = time.time() - self.progress["seconds"]
+        next_save = 0.0
         upcoming = self.batch(first)
         todo = range(first, self.steps)
         bar = tqdm(todo, self.out.name, self.steps, initial=first, disable=not main, mininterval=1)
@@ -204,7 +206,8 @@ class Trainer:
     def backward(self, examples, rows):
         """The gradient of the mean loss of `examples`. Returns {part: mean} over all ranks."""
         process, weights = self.process, self.task.weights
-        counts, sums = self.task.counts(examples), dict.fromkeys(weights, 0.0)
+        counts = self.task.counts(examples)
+        sums = dict.fromkeys(weights, 0.0)
         for i, row in enumerate(rows):
             # ranks exchange gradients in the last backward only
             self.ddp.require_backward_grad_sync = i == len(rows) - 1
@@ -241,7 +244,8 @@ class Trainer:
 
     def announce(self, first):
         """Says what is trained on what. Drops metrics after the state from which a run goes on."""
-        learned, path = sum(p.numel() for p in self.learned.values()), self.out / "metrics.jsonl"
+        learned = sum(p.numel() for p in self.learned.values())
+        path = self.out / "metrics.jsonl"
         self.process.say(
             f"{self.out}: {learned:,} parameters learn from {len(self.examples)} examples of "
             f"{self.s.data}, steps {first + 1} to {self.steps}, on {self.process.world} x "

@@ -38,7 +38,8 @@ class Settings:
 def main():
     s = parse(Settings, __doc__)
     base, _, reasoning = resolve(s.model)
-    tokenizer, found = Tokenizer(base), defaultdict(list)
+    tokenizer = Tokenizer(base)
+    found = defaultdict(list)
     for line, made in zip(read_jsonl(s.data), read_jsonl(s.predictions), strict=True):
         edges = [(a, first(tokenizer, b)) for a, b in re.findall(IS_A, line["problem"])]
         for sentence, match in enumerate(re.finditer(IS_A, line["cot"]), 1):

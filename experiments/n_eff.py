@@ -11,7 +11,7 @@ latents that the encoder of its phase 1 makes of the chains. See docs/METHOD.md.
 
 import lib.errors  # noqa: F401  from here on an error is one line
 
-from itertools import chain, pairwise
+from itertools import pairwise
 import json
 
 import numpy as np
@@ -49,10 +49,11 @@ class Settings(SamplingParams):
 def load_solutions(paths):
     """{problem: its different chains}, in the order of the files."""
     solutions = {}
-    for line in chain(*map(read_jsonl, paths)):
-        with reading(line["_place"]):
-            if text := written_chain(line).strip():
-                solutions.setdefault(text_field(line, "problem"), {})[text] = ()
+    for path in paths:
+        for line in read_jsonl(path):
+            with reading(line["_place"]):
+                if text := written_chain(line).strip():
+                    solutions.setdefault(text_field(line, "problem"), {})[text] = ()
     return solutions
 
 
@@ -64,7 +65,8 @@ def spans_of(tokens, count):
 
 def greedy_matching(generated, references):
     """For each latent [N, d] in turn the closest (cosine) unused reference of [N, d]."""
-    similarity, matching = F.normalize(generated, dim=-1) @ F.normalize(references, dim=-1).T, []
+    similarity = F.normalize(generated, dim=-1) @ F.normalize(references, dim=-1).T
+    matching = []
     for row in similarity:
         row[matching] = -torch.inf
         matching.append(int(row.argmax()))
@@ -103,7 +105,8 @@ def n_eff(encoder, prompt, chains, z, top, top_ids, rng):
 
     A path's score is the mean over latents of the log of what each puts on the tokens of its match.
     """
-    N, scores = len(z), []
+    N = len(z)
+    scores = []
     for tokens in chains:
         spans = map(torch.tensor, spans_of(tokens, N))
         masses = [(top * torch.isin(top_ids, span)).sum(-1) for span in spans]
@@ -139,8 +142,9 @@ def measure(prompt, chains, result, encoder, run, rng):
 
 def main():
     s = parse(Settings, __doc__)
-    process, solutions = join(s.device), [*load_solutions(s.data).items()][: s.problems]
+    process = join(s.device)
     where = process.device, process.dtype
+    solutions = [*load_solutions(s.data).items()][: s.problems]
     model, tokenizer, reasoning = load_model(s.model, *where)
     config = read_json(f"{s.model}/config.json")
     if not (config.get("phase1") and reasoning.top_k):
@@ -151,12 +155,13 @@ def main():
     prompts = [tokenizer.prompt(problem) for problem, _ in solutions]
     with output_directory(s.out, s) as out:
         results = dict(Sampler(model, reasoning, ends, s, s.batch_size).generate(prompts))
-        lines, rng = [], np.random.default_rng(s.seed)
+        rng = np.random.default_rng(s.seed)
+        lines = []
         for i, (problem, texts) in enumerate(tqdm(solutions)):
             if results[i].latents:
                 chains = [*map(tokenizer.encode, texts)]
                 found = measure(prompts[i], chains, results[i], *models, rng)
-                lines += [{"problem": problem} | found]
+                lines.append({"problem": problem} | found)
         write_jsonl(out / "n_eff.problems.jsonl", lines)
         summary = {"problems": len(lines)}
         for key in {key: 0 for line in lines for key in [*line][1:]}:

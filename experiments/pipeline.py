@@ -72,7 +72,8 @@ class Pipeline:
     def __init__(self, task, out, s, evaluation):
         self.task, self.out, self.s = task, out, s
         smaller = {"max_latents": 4, "max_new_tokens": 4} if s.smoke else {}
-        self.evaluation, self.path = evaluation | smaller, out / "results.json"
+        self.evaluation = evaluation | smaller
+        self.path = out / "results.json"
         known = json.loads(self.path.read_text()) if self.path.exists() else []
         self.results = {(row["row"], row["test"]): row for row in known}
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # ends the script that runs, too
@@ -92,7 +93,8 @@ class Pipeline:
     def generate(self, make, count, *published):
         """OUT/train.jsonl: `count` lines of make(), none of the files `published` of --data."""
         known = {line["problem"] for x in published for line in read_jsonl(f"{self.s.data}/{x}")}
-        path, count = self.out / "train.jsonl", 16 if self.s.smoke else count
+        path = self.out / "train.jsonl"
+        count = 16 if self.s.smoke else count
         write_jsonl(path, distinct(count, make, known).values())
         return path
 
@@ -113,7 +115,8 @@ class Pipeline:
             direct = self.train("train_sft.py", "answer-only", data=data, no_chain=True, **sft)
             self.rows("answer-only", direct, tests)
         for r, kind in product(self.s.rates, filter(KINDS.get, self.s.train)):
-            name, row, files = f"{kind}-r{r}", f"{KINDS[kind]} r = {r}", {"data": data}
+            name, row = f"{kind}-r{r}", f"{KINDS[kind]} r = {r}"
+            files = {"data": data}
             less1, less2 = PAPER if kind == "paper" else ({}, {})
             if kind == "mux":
                 files["model"], how = cot, {"multiplex": self.s.rho, "compression": r}

@@ -19,9 +19,10 @@ COLUMNS = "row test accuracy interval chain_length share seed steps minutes gpu 
 
 def report(directory):
     """Writes table.md and the pictures into the directory of results.json. Returns the table."""
-    parts, path = [], directory / "results.json"
+    path = directory / "results.json"
     with reading(path):
         rows = json.loads(path.read_text())
+    parts = []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         cells = [["" if row[k] is None else str(row[k]) for k in COLUMNS] for row in of_task]

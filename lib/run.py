@@ -88,7 +88,8 @@ def output_directory(out, settings=None, **facts):
     killed processes are removed. config.json holds `settings`, a dataclass, and `facts`. Raises
     UserError if another command or other settings made what is there. Yields the path.
     """
-    out, locks = Path(out), []  # a lock lasts as long as its file is open
+    out = Path(out)
+    locks = []  # a lock lasts as long as its file is open
 
     def take():
         if out.exists() and not (out / ".lock").exists() and any(out.iterdir()):
@@ -114,7 +115,8 @@ def output_directory(out, settings=None, **facts):
 
 def begin_or_continue(out, settings, facts):
     """Writes config.json, or compares it if there are results. A missing key is a default."""
-    path, new = out / "config.json", facts | asdict(settings) | facts  # facts come first and win
+    path = out / "config.json"
+    new = facts | asdict(settings) | facts  # facts come first and win
     if not (path.exists() and [*out.rglob("*.safetensors"), *out.glob("*.*.jsonl")]):
         return write_json(path, new)
     old = read_json(path)

@@ -87,7 +87,8 @@ def mergeable_ranks(model):
 
     tokenizers does the same if ids grow in the order of the merges. Else raises ValueError.
     """
-    alphabet, vocab = byte_alphabet(), model["vocab"]
+    alphabet = byte_alphabet()
+    vocab = model["vocab"]
     pairs = (m.split(" ") if isinstance(m, str) else m for m in model["merges"])
     words = [a + b for a, b in pairs]
     ids = [vocab[word] for word in words]
@@ -137,7 +138,8 @@ class Tokenizer:
         if normalizer not in (None, NFC, NO_NORMALIZER):
             raise ValueError(f"the normalizer {normalizer} is not supported")
         self.normalize = partial(unicodedata.normalize, "NFC") if normalizer == NFC else str
-        ranks, self.added = mergeable_ranks(model), {t["content"]: t["id"] for t in added}
+        ranks = mergeable_ranks(model)
+        self.added = {t["content"]: t["id"] for t in added}
         self.vocab_size = max(*ranks.values(), *self.added.values()) + 1
         # A vocabulary may lack bytes (SmolLM2's does). tokenizers drops them after the split.
         self.missing = bytes(b for b in range(256) if bytes([b]) not in ranks)

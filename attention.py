@@ -60,7 +60,8 @@ class PackedAttention:
         out = torch.zeros_like(q)
         gqa = q.shape[1] != k.shape[1]
         for grid, mask in self.groups:
-            at, shape, real = grid.clamp(min=0).flatten(), grid.shape, grid >= 0
+            at = grid.clamp(min=0).flatten()
+            shape, real = grid.shape, grid >= 0
             qkv = (x.index_select(0, at).unflatten(0, shape).transpose(1, 2) for x in (q, k, v))
             part = F.scaled_dot_product_attention(*qkv, attn_mask=mask, enable_gqa=gqa)
             out = out.index_copy(0, grid[real], part.transpose(1, 2)[real])
@@ -112,7 +113,8 @@ class Runner:
 
     def __init__(self, model, graphs=False, recompute=False, dtype=None):
         self.model, self.recompute, self.dtype = model, recompute, dtype
-        self.recorded, self.graphs = {}, graphs and not recompute
+        self.graphs = graphs and not recompute
+        self.recorded = {}
 
     def __call__(self, inputs_embeds, row, rule, adapter=None):
         """inputs_embeds [T, hidden_size] of a PackedBatch -> hidden states [T, hidden_size].

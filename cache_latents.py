@@ -90,7 +90,8 @@ def encode(encoder, examples, shape):
 
     Rows are packed in `shape` (data.row_shape).
     """
-    cached, r = [None] * len(examples), encoder.r
+    cached = [None] * len(examples)
+    r = encoder.r
     lengths = [num_tokens("encoder", e, r) for e in examples]
     for group in distribute(lengths, 1, shape.tokens, shape.examples):
         row = pack_examples("encoder", [examples[i] for i in group], r, shape)
@@ -140,7 +141,7 @@ def main():
         lengths = [num_tokens("encoder", e, encoder.r) for e in examples]
         shape = row_shape(lengths, min(SHARD, len(lengths)), s.row_tokens, process.device)
     made_from = identity(s, len(examples)) | how
-    with output_directory(s.out, s, **made_from) as out:
+    with output_directory(s.out, s, command="cache_latents", **made_from) as out:
         process.say(f"{out}: latents of {len(examples)} examples, on {process.device}")
         numbers = range(process.rank, -(-len(examples) // SHARD), process.world)
         for number in tqdm(numbers, out.name, disable=not process.main):

@@ -50,7 +50,8 @@ def load_examples(path, tokenizer, say=print, chain=True):
     Examples whose chain holds no token of the vocabulary are skipped and counted. `chain` False:
     all chains are left empty.
     """
-    examples, lines = [], read_jsonl(path)
+    lines = read_jsonl(path)
+    examples = []
     for line in lines:
         with reading(line["_place"]):
             tokens = tokenizer.encode(written_chain(line)) if chain else []
@@ -179,7 +180,8 @@ def row_shape(lengths, batch_size, row_tokens, device):
     On a GPU there are no more rows than `row_tokens` asks for. They are only as long as an
     unusually long batch needs (mean + two standard deviations).
     """
-    mean, longest = np.mean(lengths), max(lengths)
+    mean = np.mean(lengths)
+    longest = max(lengths)
     if device.type != "cuda":
         return RowShape(max(row_tokens, longest), len(lengths))
     expected = batch_size * mean + 2 * batch_size**0.5 * np.std(lengths)
@@ -208,7 +210,8 @@ def distribute(lengths, ranks, budget, most):
     count = max(-(-sum(lengths) // budget), -(-len(lengths) // most))
     while True:
         count = min(-(-count // ranks) * ranks, len(lengths))
-        rows, loads = [[] for _ in range(count)], [0] * count
+        rows = [[] for _ in range(count)]
+        loads = [0] * count
         for i in order:
             row = loads.index(min(loads))
             rows[row].append(i)

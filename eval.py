@@ -65,7 +65,7 @@ def load_problems(path):
         with reading(line["_place"]):
             answer = line["answer"] if "answer" in line else boxed(text_field(line, "cot_answer"))
             answer = str(answer) if type(answer) in (int, float) else answer
-            answer = text_field({"answer": answer}, "answer")
+            answer = text_field({"answer or box": answer}, "answer or box")
             chain = written_chain(line) if line.get("cot") else ""
             problems.append(Problem(text_field(line, "problem"), answer, chain))
     return problems
@@ -135,7 +135,8 @@ class Arm:
 
         The number of a sample is (number of its problem) * samples + (which sample it is).
         """
-        samples, prompt = self.s.samples, self.tokenizer.prompt
+        samples = self.s.samples
+        prompt = self.tokenizer.prompt
         prompts = [prompt(problems[n // samples].text) for n in numbers]
         if self.name == "other":
             before = [prompt(problems[n // samples - 1].text) for n in numbers]
@@ -150,7 +151,8 @@ class Arm:
     def prediction(self, problem, r):
         """A readable line about a sample r, a sample.Sequence, without its verdict."""
         decode = self.tokenizer.decode
-        chain, answer = [], r.tokens
+        chain = []
+        answer = r.tokens
         if self.sampler.thinking == "text":
             chain, answer = split_chain(r.tokens, self.tokenizer.end_think)
         top = [zip(probs[:5].tolist(), ids.tolist()) for probs, ids in r.latents]
@@ -188,7 +190,8 @@ def read_predictions(path, problems, samples):
 
 def evaluate(arm, problems, path, process):
     """Predicts what is missing in `path`. Returns the summary."""
-    samples, count = arm.s.samples, len(problems) * arm.s.samples
+    samples = arm.s.samples
+    count = len(problems) * samples
     have = from_rank0(lambda: read_predictions(path, problems, samples))
     numbers = [n for n in range(count) if n not in have][process.rank :: process.world]
     lines = arm.predict(problems, numbers)

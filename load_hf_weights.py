@@ -115,16 +115,17 @@ def resolve(path):
     """
     path = Path(path)
     config = read_json(path / "config.json")
-    if "model_type" in config:
-        return path, [], Reasoning(**config.get("latent_sft", {}))
-    if "start" not in config:
-        raise UserError(f"{path}: is neither a checkpoint nor a run that trains a model")
-    if not (path / "finished.json").exists():
-        raise UserError(f"{path}: this run is not finished; start its command again to go on")
-    if (path / "model").exists():
-        return resolve(path / "model")
-    base, adapters, _ = resolve(config["start"])
-    return base, [*adapters, path / config["adapter"]], Reasoning(**config["reasoning"])
+    with reading(path / "config.json"):
+        if "model_type" in config:
+            return path, [], Reasoning(**config.get("latent_sft", {}))
+        if "start" not in config:
+            raise UserError(f"{path}: is neither a checkpoint nor a run that trains a model")
+        if not (path / "finished.json").exists():
+            raise UserError(f"{path}: this run is not finished; start its command again to go on")
+        if (path / "model").exists():
+            return resolve(path / "model")
+        base, adapters, _ = resolve(config["start"])
+        return base, [*adapters, path / config["adapter"]], Reasoning(**config["reasoning"])
 
 
 def load_model(path, device="cpu", dtype=torch.float32):
@@ -154,12 +155,14 @@ def save_checkpoint(model, source, out, reasoning):
 
     Config and tokenizer come from there. config.json comes last: without it `out` is no model.
     """
-    out, source = Path(out), Path(source)
+    out = Path(out)
+    source = Path(source)
     config = read_json(source / "config.json")
     dtype = DTYPES[config.get("dtype") or config.get("torch_dtype") or "float32"]
     weights = {hf_name(n): p.to(dtype) for n, p in model.named_parameters()}
     write_tensors(out / "model.safetensors", weights)
     for name in COPIED.split():
+        (out / name).unlink(missing_ok=True)  # of another model, if its export was stopped
         if (source / name).exists():
             shutil.copy(source / name, out)
     write_json(out / "config.json", config | {"latent_sft": asdict(reasoning)})

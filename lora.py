@@ -93,7 +93,8 @@ def load_adapter(path, model, name):
     if name not in getattr(projections(model)[0][1], "adapters", {}):
         add_adapter(model, name, metadata["rank"], metadata["alpha"])
     for key, p in adapter_parameters(model, name).items():
-        if key not in tensors or tensors[key].shape != p.shape:
-            raise UserError(f"{path}: {key} does not fit; is this the adapter of another model?")
-        p.data.copy_(tensors.pop(key))
+        t = tensors.pop(key, None)
+        if t is None or t.shape != p.shape or not t.isfinite().all():
+            raise UserError(f"{path}: {key} is damaged, or of another model")
+        p.data.copy_(t)
     return tensors

@@ -73,7 +73,8 @@ class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.head_dim = config.head_dim
-        width, q = config.hidden_size, config.num_attention_heads * config.head_dim
+        width = config.hidden_size
+        q = config.num_attention_heads * config.head_dim
         kv = config.num_key_value_heads * config.head_dim
         bias = config.model_type == "qwen2"
         self.q_proj = nn.Linear(width, q, bias=bias)

@@ -72,7 +72,8 @@ class Sequence:
         [k], ids [k]). Thinking ends where the first token of </think> is most likely, or at the
         budget.
         """
-        p, stop = self.sampler.params, self.sampler.end_think[0]
+        p = self.sampler.params
+        stop = self.sampler.end_think[0]
         if self.thinks and top != stop and len(self.latents) < p.max_latents:
             self.latents.append(latent)
             return THOUGHT
@@ -181,7 +182,8 @@ class Sampler:
         self.cache = KVCache(model.config, B, length, device, model.head.dtype)
         zeros = partial(torch.zeros, device=device)
         whole = partial(zeros, dtype=torch.long)
-        self.slots, self.token = torch.arange(B, device=device), whole(B) + DONE
+        self.slots = torch.arange(B, device=device)
+        self.token = whole(B) + DONE
         self.proposed = whole(B, 2)  # the token that each would say, and its most likely one
         self.uniform = zeros(B, length)  # a random number for each position
         k = self.k or SHOWN

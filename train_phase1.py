@@ -65,7 +65,8 @@ class Encoder(nn.Module):
 
     def __init__(self, runner, r, k, no_induction=False):
         super().__init__()
-        self.run, self.model, self.r, self.k = runner, runner.model, r, k
+        self.run, self.model = runner, runner.model
+        self.r, self.k = r, k
         self.rule = causal if no_induction else induction
         self.latent_query = nn.Parameter(self.model.embed_tokens.weight.float().mean(0))
 
@@ -109,7 +110,8 @@ class Phase1(Task):
         return TwoLayouts(*(pack_examples(name, examples, self.r, shape) for name in self.layouts))
 
     def forward(self, rows):
-        enc, dec, parts = rows.encoder, rows.decoder, {}
+        enc, dec = rows.encoder, rows.decoder
+        parts = {}
         E = self.model.embed_tokens.weight.detach()
         probs, ids, h = self.encoder(enc)
         if "segment" in self.weights:

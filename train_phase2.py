@@ -85,7 +85,8 @@ class Phase2(Task):
         return LatentRow(row, probs.float(), ids.long(), weights)
 
     def forward(self, batch):
-        row, probs, ids, s = batch.row, batch.probs, batch.ids, self.s
+        s, row = self.s, batch.row
+        probs, ids = batch.probs, batch.ids
         E, head = self.model.embed_tokens.weight.detach(), self.model.head
         if s.noise and self.training:
             g = gumbel_like(probs)
@@ -105,7 +106,8 @@ class Phase2(Task):
         Each is what inference would feed at its place, if it had read x so far (up to rounding).
         Where the model is in doubt, its latent mixes several continuations. A cached one does not.
         """
-        labels, index = row.labels, row.latent_index
+        labels = row.labels
+        index = row.latent_index
         with torch.no_grad():
             self.eval()  # as inference, without dropout
             before = self.run(x, row, RULES["latent"], self.adapter)[index - 1]

@@ -155,7 +155,8 @@ class Trainer:
         for p in self.learned.values():
             p.grad = torch.zeros_like(p)  # else a CUDA graph's memory would hold it
         self.progress = {"steps": 0, "seconds": 0.0}
-        self.packer, self.ddp = ThreadPoolExecutor(1), task
+        self.packer = ThreadPoolExecutor(1)
+        self.ddp = task
         if process.world > 1:  # CUDA graphs must be recorded before DDP holds the gradients' nodes
             _, rows = self.batch(0)
             task(to_device(rows[0].result(), device))
@@ -165,7 +166,8 @@ class Trainer:
             self.load()
 
     def loop(self):
-        first, s, main = self.progress["steps"], self.s, self.process.main
+        first = self.progress["steps"]
+        s, main = self.s, self.process.main
         self.announce(first)
         kept = {self.steps * i // (s.keep + 1) for i in range(1, s.keep + 1)}
         begin = time.time() - self.progress["seconds"]
@@ -205,7 +207,8 @@ class Trainer:
 
     def backward(self, examples, rows):
         """The gradient of the mean loss of `examples`. Returns {part: mean} over all ranks."""
-        process, weights = self.process, self.task.weights
+        process = self.process
+        weights = self.task.weights
         counts = self.task.counts(examples)
         sums = dict.fromkeys(weights, 0.0)
         for i, row in enumerate(rows):
@@ -219,7 +222,8 @@ class Trainer:
 
     def step(self, step, examples, rows):
         """One optimizer step."""
-        begin, s, task = time.time(), self.s, self.task
+        begin = time.time()
+        s, task = self.s, self.task
         # a step's dropout and noise depend on nothing else: a resumed run draws the same
         torch.manual_seed(hash((s.seed, step, self.process.rank)))
         means = self.backward(examples, rows)

@@ -43,11 +43,13 @@ class Settings(RunSettings):
 def make_example(rng, buttons):
     """One line of the task, in the schema of training and of evaluation data."""
     state = rng.randrange(10)
-    problem, chain = str(state), ""
+    problem = str(state)
+    chain = ""
     for _ in range(rng.randint(5, 8)):
         button = rng.choice(sorted(buttons))
         state = buttons[button][state]
-        problem, chain = problem + button, f"{chain}{button}{state}"
+        problem += button
+        chain += f"{button}{state}"
     box = f"\\boxed{{{state}}}"
     return {"problem": problem + "=", "cot": chain, "cot_answer": box, "answer": str(state)}
 
@@ -83,7 +85,7 @@ def write_model(directory, seed):
 
 def main():
     s = parse(Settings, __doc__)
-    with output_directory(s.out, s) as out:
+    with output_directory(s.out, s, command="demo") as out:
         if not (out / "base" / "model.safetensors").exists():
             write_task(out, s.seed)
             write_model(out / "base", s.seed)

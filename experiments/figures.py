@@ -31,7 +31,8 @@ def draw_masks(path, parts, r):
     figure, axes = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     for axis, name in zip(axes, ("encoder", "decoder")):
         row = pack_examples(name, [example], r)
-        kinds, allowed = row.labels.kind.tolist(), dense(RULES[name], row.labels).numpy()
+        kinds = row.labels.kind.tolist()
+        allowed = dense(RULES[name], row.labels).numpy()
         colors = np.array([matplotlib.colors.to_rgb(COLORS[kind]) for kind in kinds])
         axis.imshow(np.where(allowed[..., None], colors, 1.0))
         names = [texts[i] for i in row.ids.tolist()]

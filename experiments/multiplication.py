@@ -32,7 +32,8 @@ def random_line(rng, n):
 
 def line(a, b, n):
     """The line of JSONL for two numbers of n digits."""
-    total, steps = 0, []
+    total = 0
+    steps = []
     for i, digit in enumerate(str(b)[::-1]):
         product = a * int(digit) * 10**i
         total += product

@@ -24,11 +24,11 @@ from attention import Runner
 from data import Example, layout, pack, segments, text_field, to_device, written_chain
 from experiments.pipeline import write_jsonl
 from latents import superpose
-from lib.cli import parse, settings
+from lib.cli import Count, parse, settings
 from lib.errors import UserError
 from lib.files import read_json, read_jsonl, reading, write_json
 from lib.run import join, output_directory
-from load_hf_weights import load_model
+from load_hf_weights import fingerprint, load_model
 from masks import RULES
 from sample import Sampler, SamplingParams
 from train_phase1 import load_encoder
@@ -42,8 +42,8 @@ ECR = (5, 10, 50)  # the K of ECR@K; the paper reports 50
 class Settings(SamplingParams):
     data: tuple[str, ...]  # training .jsonl files; several may solve the same problems differently
     out: str  # directory of results
-    problems: int = 200  # how many to take, the first ones
-    batch_size: int = 64  # sequences side by side
+    problems: Count = 200  # how many to take, the first ones
+    batch_size: Count = 64  # sequences side by side
 
 
 def load_solutions(paths):
@@ -153,7 +153,7 @@ def main():
     models = load_encoder(config["start"], Runner(base)), Runner(model.eval())
     ends = tokenizer.end_think, tokenizer.end_of_turn
     prompts = [tokenizer.prompt(problem) for problem, _ in solutions]
-    with output_directory(s.out, s) as out:
+    with output_directory(s.out, s, command="n_eff", weights=fingerprint(s.model)) as out:
         results = dict(Sampler(model, reasoning, ends, s, s.batch_size).generate(prompts))
         rng = np.random.default_rng(s.seed)
         lines = []

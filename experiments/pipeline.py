@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from lib.cli import Count, settings
+from lib.cli import Count, Share, settings
 from lib.files import read_json, read_jsonl, write_json, write_text
 
 SFT = dict(lr=5e-4, batch_size=128, row_tokens=17408)  # all trainings of SmolLM2-135M
@@ -30,7 +30,7 @@ class RunSettings:
     out: str  # directory of everything that is made
     rates: tuple[Count, ...] = (2,)  # compression rates
     train: Trainings = ("answer-only", "latent", "mux")  # besides CoT-SFT
-    rho: float = 0.5  # of mux, the one-stage baseline: its --multiplex
+    rho: Share = 0.5  # of mux, the one-stage baseline: its --multiplex
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
     smoke: bool = False  # two steps of everything on a few lines, to see that it runs
@@ -70,7 +70,8 @@ class Pipeline:
     """One seed of one task in the directory `out`. `evaluation`: settings of eval.py."""
 
     def __init__(self, task, out, s, evaluation):
-        self.task, self.out, self.s = task, out, s
+        self.task, self.out = task, out
+        self.s = s
         smaller = {"max_latents": 4, "max_new_tokens": 4} if s.smoke else {}
         self.evaluation = evaluation | smaller
         self.path = out / "results.json"
@@ -100,8 +101,8 @@ class Pipeline:
 
     def copy(self, name):
         """The file `name` of --data, in `out`. Smoke mode takes four lines of it."""
-        lines = (Path(self.s.data) / name).read_text().splitlines(True)
-        write_text(self.out / name, "".join(lines[: 4 if self.s.smoke else None]))
+        lines = (Path(self.s.data) / name).read_text().splitlines()
+        write_text(self.out / name, "\n".join(lines[: 4 if self.s.smoke else None]) + "\n")
         return self.out / name
 
     def run(self, data, tests, sft, phase1, phase2, arms=ARMS, valid=None):
@@ -115,7 +116,8 @@ class Pipeline:
             direct = self.train("train_sft.py", "answer-only", data=data, no_chain=True, **sft)
             self.rows("answer-only", direct, tests)
         for r, kind in product(self.s.rates, filter(KINDS.get, self.s.train)):
-            name, row = f"{kind}-r{r}", f"{KINDS[kind]} r = {r}"
+            name = f"{kind}-r{r}"
+            row = f"{KINDS[kind]} r = {r}"
             files = {"data": data}
             less1, less2 = PAPER if kind == "paper" else ({}, {})
             if kind == "mux":

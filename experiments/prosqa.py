@@ -34,7 +34,8 @@ def draw(rng, chances):
 def make_graph(rng):
     """The parents of each node, and {node: shortest path} of what descends from each of the two
     people, nodes 0 and 1."""
-    parents, depth = [set(), set()], [0, 0]
+    parents = [set(), set()]
+    depth = [0, 0]
     paths = [{0: [0]}, {1: [1]}]
     for node in range(2, round(rng.triangular(14, 28, 26))):
         banned = [*paths, {}][draw(rng, {0: 0.35, 1: 0.35, 2: 0.3})]
@@ -51,7 +52,8 @@ def make_graph(rng):
 
 def make_example(rng):
     """One line of JSONL. Person 0 is asked about; a class that only person 1 reaches is wrong."""
-    far, near = draw(rng, LENGTHS), draw(rng, WRONG)
+    far = draw(rng, LENGTHS)
+    near = draw(rng, WRONG)
     right, wrong = [], []
     while not (right and wrong):
         parents, (mine, others) = make_graph(rng)

@@ -40,7 +40,8 @@ def parse(cls, description):
     texts = comments(cls)
     for f in fields(cls):
         kind, *many = *get_args(f.type), f.type  # tuple[kind, ...] takes several values
-        text, choices = texts[f.name], get_args(kind)  # Literal["a", "b"] takes these words
+        text = texts[f.name]
+        choices = get_args(kind)  # Literal["a", "b"] takes these words
         if kind is bool:
             more = {"action": "store_true"}
         else:

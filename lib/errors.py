@@ -18,14 +18,14 @@ def explain(error):
     That is so for Ctrl-C, for a closed pipe, and for a rank that another one left.
     """
     text = " ".join(str(error).split())
-    if isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or "closed by peer" in text:
-        return ""
     if isinstance(error, UserError):
         return text
-    if isinstance(error, MemoryError) or "memory" in text and "alloc" in text:
-        return "out of memory; use --checkpoint-activations or smaller --row-tokens, --batch-size"
     if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
+        return f"{error.filename2 or error.filename}: {error.strerror}"
+    if isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or "closed by peer" in text:
+        return ""
+    if isinstance(error, MemoryError) or "memory" in text and "alloc" in text:
+        return "out of memory; use a smaller --row-tokens, --batch-size or --max-new-tokens"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if f.filename.startswith(ROOT) and ".venv" not in f.filename]
     place = "".join(f" in {Path(f.filename).name}:{f.lineno}" for f in ours[-1:])

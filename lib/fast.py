@@ -80,7 +80,8 @@ class KLDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, h, head, probs, ids, weights):
-        total, head, grads_h = 0.0, head.to(h.dtype), []
+        total, grads_h = 0.0, []
+        head = head.to(h.dtype)
         grad_head = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
         function = compiled(gradient_and_kl) if h.is_cuda else gradient_and_kl
         tensors = h, precise(probs), ids, weights

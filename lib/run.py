@@ -121,7 +121,8 @@ def begin_or_continue(out, settings, facts):
         return write_json(path, new)
     old = read_json(path)
     for key in new:
-        was = json.dumps(old.get(key, getattr(type(settings), key, new[key])))
+        default = None if key == "command" else getattr(type(settings), key, new[key])
+        was = json.dumps(old.get(key, default))
         if (key in facts or key not in FREE.split()) and was != json.dumps(new[key]):
             raise UserError(
                 f"{out}: was made with {key} = {was}, not {json.dumps(new[key])}; "

@@ -128,7 +128,8 @@ class Tokenizer:
             )
             self.template = template.replace("{instruction}", INSTRUCTION)
             self.end_of_turn = self._end_of_turn(path, end)
-            self.think, self.end_think = self._markup(THINK), self._markup(END_THINK)
+            self.think = self._markup(THINK)
+            self.end_think = self._markup(END_THINK)
 
     def _build(self, model, added, normalizer, steps):
         plain = [t for t in added if not t["special"]]
@@ -149,7 +150,8 @@ class Tokenizer:
         self._bytes = {i: t for t, i in ranks.items()} | {
             i: t.encode() for t, i in self.added.items()
         }
-        self._plain, self._any = any_of(t["content"] for t in plain), any_of(self.added)
+        self._plain = any_of(t["content"] for t in plain)
+        self._any = any_of(self.added)
 
     def _end_of_turn(self, path, default):
         """The id that ends an answer: the checkpoint's eos_token, or else the family's."""

@@ -295,6 +295,11 @@ def test_an_output_of_another_run(command, fails, checkpoint, data, tmp_path):
         "was made with lr = 2e-05, not 0.5",
     )
     fails(train_phase1.main, [*sft(checkpoint(), data, out)], 'was made with command = "train_sft"')
+    fails(
+        cache_latents.main,
+        ["--model", out, "--data", data, "--out", out],
+        'was made with command = "train_sft", not "cache_latents"',
+    )
     assert before == {f: f.read_bytes() for f in out.rglob("*") if f.is_file()}
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("mine")
@@ -307,6 +312,43 @@ def test_an_output_of_another_run(command, fails, checkpoint, data, tmp_path):
         "was not made by this program",
     )
     assert [f.name for f in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+    exported = tmp_path / "exported"
+    assert command(load_hf_weights.main, "--model", out, "--out", exported)[0] == 0
+    fails(
+        train_sft.main,
+        sft(checkpoint(), data, exported),
+        'was made with command = null, not "train',
+    )
+
+
+def test_an_export_after_a_stopped_one(command, checkpoint, tmp_path):
+    """Nothing of the first model stays in the directory."""
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(checkpoint(), start)
+    (start / "vocab.json").write_text("{}")
+    assert command(load_hf_weights.main, "--model", start, "--out", out)[0] == 0
+    (out / "config.json").unlink()
+    assert command(load_hf_weights.main, "--model", checkpoint(), "--out", out)[0] == 0
+    assert (start / "vocab.json").exists() and not (out / "vocab.json").exists()
+
+
+def test_a_damaged_run(command, fails, checkpoint, data, tmp_path):
+    """A run without its model, and an adapter that is not finite."""
+    out = tmp_path / "out"
+    assert command(train_sft.main, *sft(checkpoint(), data, out))[0] == 0
+    shutil.rmtree(out / "model")
+    fails(
+        load_hf_weights.main,
+        ["--model", out, "--out", tmp_path / "x"],
+        "out/config.json: 'adapter'",
+    )
+    phase1 = tmp_path / "phase1"
+    assert command(train_phase1.main, *sft(checkpoint(), data, phase1), "--lora-rank", 4)[0] == 0
+    file = phase1 / "joint" / "decoder.safetensors"
+    tensors, metadata = files.read_tensors(file)
+    tensors["layers.0.self_attn.q_proj.lora_B"][0, 0] = float("nan")
+    files.write_tensors(file, tensors, metadata)
+    fails(load_hf_weights.main, ["--model", phase1, "--out", tmp_path / "y"], "lora_B is damaged")
 
 
 def test_a_start_model_that_changed(command, fails, checkpoint, data, tmp_path):

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from attention import Runner
 from data import distribute, load_examples, num_latents, num_tokens, pack_examples
 from data import row_shape, to_device
 from lib.cli import Count, Share, parse, settings
@@ -25,6 +24,7 @@ from lib.run import barrier, join, output_directory
 from lib.tokenizer import Tokenizer
 from load_hf_weights import Reasoning, fingerprint, load_model, resolve
 from train_phase1 import finished_phase1, load_encoder
+from trainer import make_runner
 
 SHARD = 1024  # examples
 
@@ -72,16 +72,6 @@ def multiplexed(example, r, rho):
     masses = (same * (rho ** (place % r) * (place < n))[:, None]).sum(-1)
     masses *= ~same.tril(-1).any(-1)  # at the first place of each token
     return (masses / masses.sum(-1, keepdim=True)).half(), ids
-
-
-def fast_encoder(phase1, process):
-    """The encoder of a phase 1 run, and the tokenizer. A GPU compiles and records the encoder."""
-    base = finished_phase1(phase1)["start"]
-    graphs = process.device.type == "cuda"
-    model, tokenizer, _ = load_model(base, process.device, process.dtype)
-    if graphs:
-        model.compile_layers()
-    return load_encoder(phase1, Runner(model, graphs)), tokenizer
 
 
 @torch.no_grad()
@@ -134,7 +124,9 @@ def main():
         tokenizer = Tokenizer(resolve(start)[0])
         how = dict(compression=s.compression, multiplex=s.multiplex, top_k=Reasoning.top_k)
     else:
-        encoder, tokenizer = fast_encoder(start, process)
+        base = finished_phase1(start)["start"]
+        model, tokenizer, _ = load_model(base, process.device, process.dtype)
+        encoder = load_encoder(start, make_runner(model, process))
         how = {}
     examples = load_examples(s.data, tokenizer, process.say)
     if s.phase1:  # all shards have rows of one shape, so a GPU compiles and records once

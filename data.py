@@ -149,7 +149,7 @@ def pack(name, layouts, shape=None):
     longest = longest or int(lengths.max())
     labels = Labels(document, kind.int(), segment.int(), starts, longest)
     latent_index = (kind == LATENT).nonzero().squeeze(1)
-    target = (kind == TEXT) | (kind == ANSWER) & (name != "encoder")
+    target = kind == TEXT if name == "encoder" else (kind == TEXT) | (kind == ANSWER)
     at = target.nonzero().squeeze(1)
     return PackedBatch(ids, positions, labels, latent_index, at - 1, ids[at])
 

@@ -63,9 +63,11 @@ def load_problems(path):
     problems = []
     for line in read_jsonl(path):
         with reading(line["_place"]):
-            answer = line["answer"] if "answer" in line else boxed(text_field(line, "cot_answer"))
+            name, answer = "answer", line.get("answer")
+            if "answer" not in line:
+                name, answer = "box in cot_answer", boxed(text_field(line, "cot_answer"))
             answer = str(answer) if type(answer) in (int, float) else answer
-            answer = text_field({"answer or box": answer}, "answer or box")
+            answer = text_field({name: answer}, name)
             chain = written_chain(line) if line.get("cot") else ""
             problems.append(Problem(text_field(line, "problem"), answer, chain))
     return problems

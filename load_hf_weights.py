@@ -162,9 +162,10 @@ def save_checkpoint(model, source, out, reasoning):
     weights = {hf_name(n): p.to(dtype) for n, p in model.named_parameters()}
     write_tensors(out / "model.safetensors", weights)
     for name in COPIED.split():
-        (out / name).unlink(missing_ok=True)  # of another model, if its export was stopped
         if (source / name).exists():
             shutil.copy(source / name, out)
+        else:  # it may be of another model, whose export was stopped
+            (out / name).unlink(missing_ok=True)
     write_json(out / "config.json", config | {"latent_sft": asdict(reasoning)})
 
 

@@ -120,7 +120,7 @@ class Sampler:
     def noisy(self, sequence, probs, ids):
         p = self.params
         noise = torch.from_numpy(sequence.rng.gumbel(size=len(probs)))
-        alpha = map(torch.from_numpy, (probs, ids))
+        alpha = torch.from_numpy(probs), torch.from_numpy(ids)
         probs = add_noise(*alpha, noise, self.end_think[0], p.noise, p.noise_temperature).numpy()
         order = (-probs).argsort()
         return probs[order], ids[order]

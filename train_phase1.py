@@ -57,6 +57,14 @@ class TwoLayouts:
     decoder: PackedBatch
 
 
+def next_latents(row):
+    """int [m], ascending: the number (0, 1, ...) of the L that follows each target of `row`.
+
+    `row` is in the encoder's layout: a chain token belongs to the next L.
+    """
+    return torch.searchsorted(row.latent_index, row.target_index, right=True)
+
+
 class Encoder(nn.Module):
     """The adapter "encoder" on the base, and the latent query L, a vector [hidden_size].
 
@@ -115,9 +123,7 @@ class Phase1(Task):
         E = self.model.embed_tokens.weight.detach()
         probs, ids, h = self.encoder(enc)
         if "segment" in self.weights:
-            # a chain token belongs to the next L
-            latent = torch.searchsorted(enc.latent_index, enc.target_index, right=True)
-            parts["segment"] = segment_loss(h, E, latent, enc.targets)
+            parts["segment"] = segment_loss(h, E, next_latents(enc), enc.targets)
         z = superpose(probs, ids, E)
         x = self.model.embed_tokens(dec.ids).index_copy(0, dec.latent_index, z)
         h = self.run(x, dec, RULES[self.layouts[1]], "decoder")
@@ -159,7 +165,7 @@ def main():
     examples = load_examples(s.data, tokenizer, process.say)
     for name in LEARNS["joint"]:
         lora.add_adapter(model, name, s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
-    runner = make_runner(model, s, process, s.shard)
+    runner = make_runner(model, process, s.shard, s.checkpoint_activations)
     encoder = Encoder(runner, s.compression, s.top_k, s.no_induction)
     reasoning = Reasoning("latent", s.top_k, s.compression)
     adapter = f"{s.steps[-1]}/decoder.safetensors"

@@ -143,7 +143,7 @@ def main():
     if not s.all_weights:
         facts["adapter"] = "student.safetensors"
         lora.add_adapter(model, "student", s.lora_rank, 2 * s.lora_rank, s.lora_dropout)
-    runner = make_runner(model, s, process, shard)
+    runner = make_runner(model, process, shard, s.checkpoint_activations)
     task = Phase2(runner, s, reasoning, tokenizer.end_think[0], resolve(start)[0])
     with run_directory(s, "train_phase2", start, reasoning, **facts) as out:
         train(task, examples, s, process, out)

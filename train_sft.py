@@ -50,7 +50,11 @@ def main():
     model, tokenizer, _ = load_model(s.model, process.device)
     examples = load_examples(s.data, tokenizer, process.say, not s.no_chain)
     reasoning = Reasoning("none" if s.no_chain else "text")
-    task = CoTSFT(make_runner(model, s, process), resolve(s.model)[0], reasoning)
+    task = CoTSFT(
+        make_runner(model, process, recompute=s.checkpoint_activations),
+        resolve(s.model)[0],
+        reasoning,
+    )
     with run_directory(s, "train_sft", s.model, reasoning) as out:
         train(task, examples, s, process, out)
 

@@ -75,8 +75,8 @@ def run_directory(s, command, start, reasoning, **facts):
     return output_directory(s.out, s, **origin, reasoning=asdict(reasoning), **facts)
 
 
-def make_runner(model, s, process, shard=False):
-    """Runs `model` on packed rows in the way that its device and the settings ask for.
+def make_runner(model, process, shard=False, recompute=False):
+    """Runs `model` on packed rows in the way that its device asks for. recompute: as Runner says.
 
     shard: spreads the frozen layers over the ranks, which gather a layer when they need it (FSDP2).
     """
@@ -90,7 +90,7 @@ def make_runner(model, s, process, shard=False):
             fully_shard(module, ignored_params=set(model.parameters()) - layers)
     if on_gpu := process.device.type == "cuda":
         model.compile_layers()
-    return Runner(model, on_gpu and not shard, s.checkpoint_activations, process.dtype)
+    return Runner(model, on_gpu and not shard, recompute, process.dtype)
 
 
 @lru_cache(maxsize=2)

@@ -140,7 +140,9 @@ def our_task(phase: int, args, process):
         for key, p in lora.adapter_parameters(model, name).items():
             if key.endswith("lora_B"):
                 p.data.normal_(0, 0.01)
-    runner = make_runner(model, args, process, args.shard and process.world > 1)
+    runner = make_runner(
+        model, process, args.shard and process.world > 1, args.checkpoint_activations
+    )
     if phase == 1:
         return Phase1(runner, Encoder(runner, args.compression, args.top_k), LEARNS["joint"])
     s = train_phase2.Settings(data="", out="", phase1="", cache="")

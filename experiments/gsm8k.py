@@ -26,8 +26,8 @@ def main():
     with output_directory(s.out, s, command="gsm8k") as out:
         pipeline = Pipeline("gsm8k", out, s, EVAL)
         train = pipeline.copy("gsm8k-train.jsonl")
-        more = Path(s.data) / "gsm8k-sub-train.jsonl.gz"
-        variants = islice(gzip.open(more, "rt"), 4 if s.smoke else None)
+        more = gzip.open(Path(s.data) / "gsm8k-sub-train.jsonl.gz", "rt")
+        variants = islice(more, 4 if s.smoke else None)
         write_text(train, 3 * train.read_text() + "".join(variants))
         valid, *tests = (pipeline.copy(f"{name}.jsonl") for name in ("gsm8k-valid", *TESTS))
         sft = SFT | {"model": s.model, "epochs": 0.93}

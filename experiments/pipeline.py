@@ -101,9 +101,10 @@ class Pipeline:
 
     def copy(self, name):
         """The file `name` of --data, in `out`. Smoke mode takes four lines of it."""
-        lines = (Path(self.s.data) / name).read_text().splitlines()
-        write_text(self.out / name, "\n".join(lines[: 4 if self.s.smoke else None]) + "\n")
-        return self.out / name
+        lines = [*open(Path(self.s.data) / name)]
+        path = self.out / name
+        write_text(path, "".join(lines[: 4 if self.s.smoke else None]).rstrip() + "\n")
+        return path
 
     def run(self, data, tests, sft, phase1, phase2, arms=ARMS, valid=None):
         """Trains and tests everything. `data` is the training file.

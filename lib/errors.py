@@ -25,7 +25,7 @@ def explain(error):
     if isinstance(error, (KeyboardInterrupt, BrokenPipeError)) or "closed by peer" in text:
         return ""
     if isinstance(error, MemoryError) or "memory" in text and "alloc" in text:
-        return "out of memory; use a smaller --row-tokens, --batch-size or --max-new-tokens"
+        return "out of memory; use smaller sizes (--row-tokens, ...) or --checkpoint-activations"
     frames = traceback.extract_tb(error.__traceback__)
     ours = [f for f in frames if f.filename.startswith(ROOT) and ".venv" not in f.filename]
     place = "".join(f" in {Path(f.filename).name}:{f.lineno}" for f in ours[-1:])

@@ -114,7 +114,10 @@ def output_directory(out, settings=None, **facts):
 
 
 def begin_or_continue(out, settings, facts):
-    """Writes config.json, or compares it if there are results. A missing key is a default."""
+    """Writes config.json, or compares it if there are results.
+
+    A missing key is a default. A missing `command` is another command.
+    """
     path = out / "config.json"
     new = facts | asdict(settings) | facts  # facts come first and win
     if not (path.exists() and [*out.rglob("*.safetensors"), *out.glob("*.*.jsonl")]):

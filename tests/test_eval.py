@@ -432,10 +432,7 @@ def test_an_answer_may_be_a_number(tmp_path):
     lines = ('"6 * 7?", "answer": 42', '"1 / 2?", "answer": 0.5', '"long", "answer": 1' + "0" * 400)
     path.write_text("".join('{"problem": %s}\n' % x for x in lines))
     assert [p.answer for p in evaluation.load_problems(path)] == ["42", "0.5", "1" + "0" * 400]
-    empty, not_json = (
-        'the field "answer or box" is empty or not a string',
-        "Out of range float values",
-    )
+    empty, not_json = 'the field "answer" is empty or not a string', "Out of range float values"
     for answer, words in zip(("[42]", "true", "NaN", "Infinity"), (empty, empty, *[not_json] * 2)):
         path.write_text('{"problem": "6 * 7?", "answer": %s}\n' % answer)
         with pytest.raises(UserError, match=f"line 1: .*{words}"):

@@ -8,6 +8,7 @@ import torch
 import data
 import masks
 import oracle
+from train_phase1 import next_latents
 
 KINDS = {"Q": masks.PROMPT, "S": masks.TEXT, "Z": masks.LATENT, "A": masks.ANSWER}
 
@@ -72,10 +73,12 @@ def test_against_brute_force(name):
             for i, x in enumerate(x for e in examples for x in oracle.labels(name, e, r))
             if x is not None
         ]
-        if (
-            name == "encoder"
-        ):  # the chain tokens; test_segment_loss says to which latents they belong
-            wanted = [(place - 1, t) for place, (t, kind, _) in enumerate(tokens) if kind == "S"]
+        if name == "encoder":  # each chain token belongs to the next latent, numbered from 0
+            latents = row.latent_index.tolist()
+            chain = [(place, t) for place, (t, kind, _) in enumerate(tokens) if kind == "S"]
+            wanted = [(min(n for n, i in enumerate(latents) if i > place), t) for place, t in chain]
+            assert list(zip(next_latents(row).tolist(), row.targets.tolist())) == wanted
+            wanted = [(place - 1, t) for place, t in chain]
         assert list(zip(row.target_index.tolist(), row.targets.tolist())) == wanted
         assert sum(data.num_tokens(name, e, r) for e in mine) == len(tokens)
         if name != "encoder":

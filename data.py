@@ -136,18 +136,17 @@ class PackedBatch:
 
 def pack(name, layouts, shape=None):
     """One packed row from what `layout` made of each example, with filler up to a GPU's `shape`."""
-    if longest := shape and shape.longest:
-        for start in range(sum(len(x[0]) for x in layouts), shape.tokens, longest):
-            n = min(longest, shape.tokens - start)
+    if bound := shape and shape.longest:
+        for start in range(sum(len(x[0]) for x in layouts), shape.tokens, bound):
+            n = min(bound, shape.tokens - start)
             layouts = [*layouts, [np.zeros(n, np.int64)] * 4]  # prompts that no loss sees
     ids, kind, segment, positions = (torch.from_numpy(np.concatenate(x)) for x in zip(*layouts))
     lengths = torch.tensor([len(x[0]) for x in layouts])
-    if longest:
+    if bound:
         lengths = F.pad(lengths, (0, shape.documents - len(lengths)))
     document = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
     starts = F.pad(lengths.cumsum(0), (1, 0)).int()
-    longest = longest or int(lengths.max())
-    labels = Labels(document, kind.int(), segment.int(), starts, longest)
+    labels = Labels(document, kind.int(), segment.int(), starts, bound or int(lengths.max()))
     latent_index = (kind == LATENT).nonzero().squeeze(1)
     target = kind == TEXT if name == "encoder" else (kind == TEXT) | (kind == ANSWER)
     at = target.nonzero().squeeze(1)
@@ -163,9 +162,8 @@ def pack_examples(name, examples, r=1, shape=None):
 class RowShape:
     """What all rows of a run have in common: at most so many tokens and examples.
 
-    `longest` is 0 on a CPU. On a GPU rows are filled up to `tokens`. The bounds on documents
-    (examples and filler) and on the longest one are tight: flash attention starts work for all
-    that there might be.
+    `longest` is 0 on a CPU. On a GPU rows are filled up to `tokens`. Flash attention launches work
+    for `documents` (examples and filler) times `longest`: both are tight bounds.
     """
 
     tokens: int

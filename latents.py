@@ -44,7 +44,7 @@ def cross_entropy(hidden_states, head, targets, weights=None):
 
     hidden_states [n, d], head [V, d], targets int [n]. weights: float [n], or None, all 1.
     """
-    ones = precise(hidden_states.new_ones(len(targets)))
+    ones = torch.ones(len(targets), device=targets.device)
     weights = ones if weights is None else weights
     return kl_divergence(hidden_states, head, ones[:, None], targets[:, None], weights)
 
@@ -58,7 +58,7 @@ def segment_loss(hidden_states, embedding, latent, tokens):
     """
     size = torch.bincount(latent)
     place = torch.arange(len(latent), device=latent.device) - (size.cumsum(0) - size)[latent]
-    weights = 0.5**place / (2 - 0.5 ** (size[latent] - 1))
+    weights = 0.5**place / (2 - 0.5 ** (size[latent] - 1))  # / (1 + 1/2 + ...)
     return cross_entropy(hidden_states[latent], embedding, tokens, weights)
 
 

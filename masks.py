@@ -19,8 +19,8 @@ class Labels:
 
     document: [T], which example, ascending.
     kind: [T], PROMPT, TEXT, LATENT or ANSWER.
-    segment: [T]. i for S_i, L_i and Z_i. In the decoder S_{i+1} has i: it continues Z_i.
-        0 for prompt and answer.
+    segment: [T], the latent that a token belongs to: i for S_i, L_i and Z_i. In the decoder S_{i+1}
+        continues Z_i and has i. 0 for prompt and answer.
     starts: [documents + 1], where each document begins, and T. Unused documents have length 0.
     longest: an int, at least the length of the longest document.
     """

@@ -26,7 +26,7 @@ from lib.files import read_json, write_json
 from lib.run import join
 from load_hf_weights import Reasoning, load_model
 import lora
-from masks import RULES, causal, induction
+from masks import LATENT, RULES, causal, induction
 from trainer import Task, TrainingSettings, make_runner, run_directory, train
 
 LEARNS = {"encoder": ("encoder",), "decoder": ("decoder",), "joint": ("encoder", "decoder")}
@@ -60,9 +60,9 @@ class TwoLayouts:
 def next_latents(row):
     """int [m], ascending: the number (0, 1, ...) of the L that follows each target of `row`.
 
-    `row` is in the encoder's layout: a chain token belongs to the next L.
+    `row` is in the encoder's layout: as many Ls stand before the target.
     """
-    return torch.searchsorted(row.latent_index, row.target_index, right=True)
+    return (row.labels.kind == LATENT).cumsum(0)[row.target_index]
 
 
 class Encoder(nn.Module):

@@ -103,7 +103,7 @@ class Phase2(Task):
     def with_own_latents(self, x, row, E):
         """x with the model's own latents in some examples, drawn at random. Targets stay.
 
-        Each is what inference would feed at its place, if it had read x so far (up to rounding).
+        All come from one pass over x, with the cached latents. This is no rollout.
         Where the model is in doubt, its latent mixes several continuations. A cached one does not.
         """
         labels = row.labels

@@ -32,7 +32,7 @@ from load_hf_weights import fingerprint
 class TrainingSettings:
     data: str  # training .jsonl or .jsonl.gz: problem, cot, cot_answer
     out: str  # run directory; the same command goes on where it stopped
-    lr: float = 1e-4  # peak learning rate
+    lr: float  # peak learning rate
     epochs: Positive = 3.0  # passes over the data
     max_steps: int = 0  # optimizer steps; 0: as --epochs says
     batch_size: Count = 128  # examples per step, over all ranks
@@ -157,7 +157,7 @@ class Trainer:
         self.progress = {"steps": 0, "seconds": 0.0}
         self.packer = ThreadPoolExecutor(1)
         self.ddp = task
-        if process.world > 1:  # CUDA graphs must be recorded before DDP holds the gradients' nodes
+        if process.world > 1:  # a CUDA graph cannot be recorded once DDP holds the gradients
             _, rows = self.batch(0)
             task(to_device(rows[0].result(), device))
             options = dict(broadcast_buffers=False, init_sync=False, gradient_as_bucket_view=True)
@@ -184,7 +184,7 @@ class Trainer:
             if main and step + 1 in kept:
                 self.finish(self.out / f"step-{step + 1}")
             if main and (now >= next_save or step + 1 == self.steps):
-                self.save()  # saving takes at most 5% of the time; --save-every 0: after each step
+                self.save()  # at most 5% of the time is saving; --save-every 0: after each step
                 next_save = now + (s.save_every and max(s.save_every, 20 * (time.time() - now)))
         barrier()  # no rank sees a finished run while it still trains
         if main:

@@ -9,7 +9,9 @@ import cache_latents
 from attention import Runner
 from data import load_examples, num_latents, pack_examples
 from experiments.pipeline import flags
-from load_hf_weights import Reasoning, load_model
+from lib import files
+from load_hf_weights import Reasoning, fingerprint, load_checkpoint, load_model
+import lora
 import train_phase1
 import train_phase2
 from train_phase1 import load_encoder
@@ -162,3 +164,92 @@ def test_the_cache_refuses_an_output_of_another_run(command, checkpoint, data, r
         other = ["--phase1", phase1(command, checkpoint, data, tmp_path / name, *more)]
         code, _, error = command(cache_latents.main, *other, "--data", data, "--out", cache)
         assert code == 1 and "was made with " in error, name
+
+
+def mux_student(command, checkpoint, data, tmp_path, out, *more):
+    cache = tmp_path / "cache"
+    assert command(cache_latents.main, *flags(model=checkpoint(), data=data, out=cache))[0] == 0
+    arguments = flags(
+        model=checkpoint(),
+        cache=cache,
+        data=data,
+        out=tmp_path / out,
+        max_steps=1,
+        batch_size=8,
+        lora_rank=4,
+    )
+    code, _, error = command(train_phase2.main, *arguments, *more)
+    assert code == 0, error
+    return files.read_tensors(tmp_path / out / "student.safetensors")
+
+
+def test_phase2_is_seeded(command, checkpoint, data, tmp_path):
+    a, b = (mux_student(command, checkpoint, data, tmp_path, x)[0] for x in "ab")
+    assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_lora_alpha_is_twice_the_rank(command, checkpoint, data, tmp_path):
+    assert mux_student(command, checkpoint, data, tmp_path, "a")[1] == {"rank": 4, "alpha": 8}
+    run = phase1(command, checkpoint, data, tmp_path / "run")
+    for name in ("encoder", "decoder"):
+        assert files.read_tensors(run / "encoder" / f"{name}.safetensors")[1] == {
+            "rank": 4,
+            "alpha": 8,
+        }
+
+
+def test_encoder_of_the_last_step(command, checkpoint, data, tmp_path):
+    more = ["--steps", "encoder", "joint"]
+    run = phase1(command, checkpoint, data, tmp_path / "run", *more)
+    encoder = train_phase1.load_encoder(run, Runner(load_checkpoint(checkpoint())))
+    last = files.read_tensors(run / "joint" / "encoder.safetensors")[0]
+    assert torch.equal(encoder.latent_query, last["latent_query"])
+
+
+def test_a_cache_of_other_last_step_is_refused(command, checkpoint, data, tmp_path):
+    run, cache = (
+        phase1(command, checkpoint, data, tmp_path / "run", "--steps", "encoder", "joint"),
+        tmp_path / "cache",
+    )
+    assert command(cache_latents.main, "--phase1", run, "--data", data, "--out", cache)[0] == 0
+    file = run / "joint" / "encoder.safetensors"
+    tensors, metadata = files.read_tensors(file)
+    files.write_tensors(file, tensors | {"latent_query": 2 * tensors["latent_query"]}, metadata)
+    code, _, error = command(
+        train_phase2.main, *phase2_arguments(run, data, cache, tmp_path / "out")
+    )
+    assert code == 1 and "encoder is" in error
+
+
+def test_the_cache_is_finished_last(command, checkpoint, data, tmp_path, monkeypatch):
+    seen, out = [], tmp_path / "cache"
+    monkeypatch.setattr(
+        cache_latents,
+        "barrier",
+        lambda: seen.append(sorted(x.suffix for x in out.glob("[!.]*") if x.name != "config.json")),
+    )
+    assert command(cache_latents.main, *flags(model=checkpoint(), data=data, out=out))[0] == 0
+    assert seen == [[".safetensors"]]
+
+
+def test_a_student_has_both_adapters(command, checkpoint, data, tmp_path):
+    run, cache, out = (tmp_path / x for x in ("run", "cache", "out"))
+    phase1(command, checkpoint, data, run, "--steps", "joint")
+    assert command(cache_latents.main, "--phase1", run, "--data", data, "--out", cache)[0] == 0
+    assert command(train_phase2.main, *phase2_arguments(run, data, cache, out))[0] == 0
+    expected = load_checkpoint(checkpoint())
+    for file in (run / "joint" / "decoder.safetensors", out / "student.safetensors"):
+        lora.load_adapter(file, expected, "x")
+        lora.merge(expected, "x")
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(load_model(out)[0].parameters(), expected.parameters(), strict=True)
+    )
+
+
+def test_the_fingerprint_holds_the_adapters(command, checkpoint, data, tmp_path):
+    run = phase1(command, checkpoint, data, tmp_path / "run")
+    before, file = fingerprint(run), run / "encoder" / "decoder.safetensors"
+    tensors, metadata = files.read_tensors(file)
+    files.write_tensors(file, {n: t + 1 for n, t in tensors.items()}, metadata)
+    assert fingerprint(run) != before

@@ -538,3 +538,10 @@ def test_a_chat_tokenizer_without_its_end(fails, checkpoint, data, tmp_path):
     (broken / "generation_config.json").unlink()  # it names the end by its id
     words = "tokenizer.json", "'<|im_end|>' is missing"
     fails(train_sft.main, sft(broken, data, tmp_path / "out"), *words)
+
+
+def test_a_reader_keeps_the_old_file(tmp_path):
+    files.write_text(tmp_path / "x", "old")
+    with open(tmp_path / "x") as reader:
+        files.write_text(tmp_path / "x", "new")
+        assert reader.read() == "old" and (tmp_path / "x").read_text() == "new"

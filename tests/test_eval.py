@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import time
 import pytest
 
 import eval as evaluation
-from lib import run
+from lib import files, run
 from lib.errors import UserError
 from lib.files import read_jsonl
 from lib.grader import boxed, grade
@@ -443,3 +444,71 @@ def test_chains_of_a_benchmark_are_those_of_training(tmp_path):
     path = tmp_path / "tagged.jsonl"
     path.write_text(json.dumps({"problem": "1", "answer": "2", "cot": "<think>12</think>"}))
     assert evaluation.load_problems(path)[0].chain == "12"
+
+
+def test_other_arm_with_samples(command, thinker, data, tmp_path):
+    budget = ["--max-latents", 4, "--max-new-tokens", 2, "--samples", 2, "--arms", "free", "other"]
+    assert (
+        command(
+            evaluation.main,
+            "--model",
+            thinker("latent", 3),
+            "--data",
+            data,
+            "--out",
+            tmp_path,
+            *budget,
+        )[0]
+        == 0
+    )
+    free, other = (
+        [json.loads(x)["latents"] for x in (tmp_path / f"train.{arm}.jsonl").open()]
+        for arm in ("free", "other")
+    )
+    for n, found in enumerate(other):
+        before = free[(n // 2 - 1) * 2]
+        assert not before or found == [before[i % len(before)] for i in range(len(found))]
+
+
+def test_random_arm(command, thinker, data, tmp_path):
+    budget = ["--max-latents", 1, "--max-new-tokens", 1, "--arms", "free", "random"]
+    assert (
+        command(
+            evaluation.main,
+            "--model",
+            thinker("latent", 3),
+            "--data",
+            data,
+            "--out",
+            tmp_path,
+            *budget,
+        )[0]
+        == 0
+    )
+    free, found = (
+        [json.loads(x)["latents"] for x in (tmp_path / f"train.{arm}.jsonl").open()]
+        for arm in ("free", "random")
+    )
+    assert [[p for _, p in z] for x in free for z in x] == [
+        [p for _, p in z] for x in found for z in x
+    ]
+    same = [
+        {t for t, _ in a} & {t for t, _ in b} for x, y in zip(free, found) for a, b in zip(x, y)
+    ]
+    assert len(same) > 10 and sum(map(len, same)) < len(same)
+
+
+def test_the_end_of_a_long_answer_is_graded():
+    assert grade([("5", "x " * 2000 + "\\boxed{5}")]) == [True]
+
+
+def test_eval_refuses_another_model(command, thinker, checkpoint, data, tmp_path):
+    more = ["--data", data, "--out", tmp_path / "out", "--max-latents", 1, "--max-new-tokens", 1]
+    other = tmp_path / "other"
+    shutil.copytree(thinker(), other)
+    assert command(evaluation.main, "--model", other, *more)[0] == 0
+    tensors, metadata = files.read_tensors(other / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    files.write_tensors(other / "model.safetensors", tensors, metadata)
+    code, _, error = command(evaluation.main, "--model", other, *more)
+    assert code == 1 and "was made with weights" in error

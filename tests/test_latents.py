@@ -105,3 +105,7 @@ def test_noise():
     sure = torch.tensor([[0.0, 1.0]])
     noisy = latents.add_noise(sure, torch.tensor([[7, 8]]), latents.gumbel_like(sure), 8, 1.0, 1.0)
     assert torch.equal(noisy, sure)
+
+
+def test_alpha_is_float32():
+    assert latents.top_probs(torch.randn(2, 5).bfloat16(), 3)[0].dtype == torch.float32

@@ -1,8 +1,11 @@
 """LoRA against peft: forward, gradients, merge, several adapters."""
 
+import types
+
 import peft
 import pytest
 import torch
+from torch import nn
 
 from conftest import hf_model
 from lib.errors import UserError
@@ -112,3 +115,25 @@ def test_save_and_load(pair, checkpoint, tmp_path):
         lora.load_adapter(
             tmp_path / "a.safetensors", load_checkpoint(checkpoint("qwen3", True)), "other"
         )
+
+
+def test_dropout_keeps_the_mean():
+    torch.manual_seed(0)
+    m = nn.Linear(50, 7)
+    m.adapters = nn.ModuleDict({"a": lora.Adapter(m, 4, 8, 0.5)})
+    m.adapters["a"].lora_B.data.normal_()
+    x = torch.randn(50)
+    mean = lora.project(x.expand(40_000, 50), m, adapter="a")[0].mean(0)
+    plain = lora.project(x, m.eval(), adapter="a")[0]
+    torch.testing.assert_close(mean, plain, atol=0.1, rtol=0)
+
+
+def test_merge_rounds_once():
+    torch.manual_seed(0)
+    model = types.SimpleNamespace(layers=nn.ModuleList([nn.Linear(64, 64).bfloat16()]))
+    lora.add_adapter(model, "a", 4, 8)
+    m = model.layers[0]
+    m.adapters["a"].lora_B.data.normal_()
+    expected = (m.weight.float() + m.adapters["a"].delta()).bfloat16()
+    lora.merge(model, "a")
+    assert torch.equal(m.weight, expected)

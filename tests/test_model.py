@@ -15,8 +15,9 @@ from attention import KVCache, PackedAttention
 from experiments import demo
 from conftest import VOCAB, hf_model
 import load_hf_weights
-from load_hf_weights import load_checkpoint, load_model, save_checkpoint
+from load_hf_weights import Reasoning, load_checkpoint, load_model, save_checkpoint
 import masks
+from lib import files
 from lib.errors import UserError
 import lora
 
@@ -255,3 +256,14 @@ def test_weights_that_are_no_numbers_are_refused(broken):
             UserError, match=f"model.safetensors: {name} is {value.dtype} .*needed: finite numbers"
         ):
             load_checkpoint(broken)
+
+
+def test_export_keeps_the_dtype(checkpoint, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(checkpoint(), source)
+    config = files.read_json(source / "config.json")
+    files.write_json(source / "config.json", config | {"dtype": "bfloat16"})
+    save_checkpoint(load_checkpoint(source), source, tmp_path / "out", Reasoning())
+    assert {
+        t.dtype for t in files.read_tensors(tmp_path / "out" / "model.safetensors")[0].values()
+    } == {torch.bfloat16}

@@ -323,3 +323,81 @@ def test_a_tiny_temperature_is_greedy(pair):
         for t in (0, 1e-40)
     )
     assert [r.tokens for r in greedy] == [r.tokens for r in tiny]
+
+
+def test_sampling_does_not_change_the_thoughts(pair):
+    model, _ = pair
+    stop, eos = frequent(model, 3)
+    greedy, hot = (
+        Sampler(
+            model, [stop, 3], eos, Sampling("latent", 3, 9, 2, temperature=t, top_p=1.0), 5
+        ).generate(prompts(24, 1))
+        for t in (0, 5)
+    )
+    assert [ids_of(r) for r in greedy] == [ids_of(r) for r in hot]
+
+
+def test_noise_depends_on_the_seed(pair):
+    a, b = (
+        Sampler(
+            pair[0], [9], 262, Sampling("latent", 3, 4, 2, temperature=0, noise=1.0, seed=s), 5
+        ).generate(prompts(4))
+        for s in (5, 6)
+    )
+    assert any((x.latents[0][0] != y.latents[0][0]).any() for x, y in zip(a, b))
+
+
+def test_temperature_of_pick():
+    logits = torch.tensor([0.1, 0.5, 0.15, 0.25]).log().expand(4000, 4)
+    uniform = (torch.arange(4000) + 0.5) / 4000
+    got = torch.bincount(sample.pick(logits, uniform, 0.5, 1.0), minlength=4) / 4000
+    squares = torch.tensor([0.1, 0.5, 0.15, 0.25]) ** 2
+    torch.testing.assert_close(got, squares / squares.sum(), atol=1e-3, rtol=0)
+
+
+def test_top_p_is_used(pair):
+    greedy, narrow = (
+        Sampler(
+            pair[0], [9], 262, Sampling("text", max_new_tokens=6, temperature=t, top_p=1e-6), 4
+        ).generate(prompts(4))
+        for t in (0, 1)
+    )
+    assert [r.tokens for r in greedy] == [r.tokens for r in narrow]
+
+
+def test_each_token_has_its_own_random_number(pair, monkeypatch):
+    seen, real = [], sample.pick
+    monkeypatch.setattr(
+        sample, "pick", lambda logits, u, *a: seen.append(float(u)) or real(logits, u, *a)
+    )
+    Sampler(pair[0], [9], 300, Sampling("text", max_new_tokens=20, temperature=1.0), 1).generate(
+        prompts(1)
+    )
+    assert len({*seen}) == len(seen) >= 20
+
+
+def test_memory_for_the_whole_budget(pair):
+    settings = Sampling("text", max_latents=0, max_new_tokens=200, temperature=0)
+    (r,) = Sampler(pair[0], [9], 300, settings, 1).generate(prompts(1))  # 300 is no token
+    assert len(r.tokens) == 200
+
+
+def test_memory_grows(pair):
+    settings = Sampling("text", max_latents=0, max_new_tokens=5, temperature=0)
+    sampler = Sampler(pair[0], [9], 262, settings, 1)
+    sampler.generate([[1]])
+    long = [[i % 250 for i in range(200)]]
+    fresh = Sampler(pair[0], [9], 262, settings, 1).generate(long)
+    assert sampler.generate(long)[0].tokens == fresh[0].tokens
+
+
+def test_noise_temperature_of_the_sampler(pair):
+    plain, flat = (
+        Sampler(
+            pair[0], [261], 262, Sampling("latent", 3, 1, 1, temperature=0, **more), 4
+        ).generate(prompts(4))
+        for more in ({}, {"noise": 1e-6, "noise_temperature": 2.0})
+    )
+    for a, b in zip(plain, flat):
+        roots = a.latents[0][0] ** 0.5
+        np.testing.assert_allclose(b.latents[0][0], roots / roots.sum(), atol=1e-4)

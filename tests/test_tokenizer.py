@@ -4,12 +4,14 @@ import json
 import os
 from pathlib import Path
 import random
+import shutil
 
 import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 import torch
 
+from lib import files
 from lib.errors import UserError
 from lib.tokenizer import INSTRUCTION, LLAMA3, QWEN, Tokenizer, byte_alphabet
 
@@ -251,3 +253,14 @@ def check_published(directory: Path):
     wrong = [text for text, e in zip(texts, expected) if ours.encode(text) != e.ids]
     assert not wrong, wrong[:3]
     assert len(texts) > 20
+
+
+def test_end_of_turn_of_a_checkpoint(checkpoint, tmp_path):
+    """tokenizer_config.json comes before generation_config.json, and both before the family's."""
+    shutil.copy(checkpoint() / "tokenizer.json", tmp_path)
+    assert Tokenizer(tmp_path).end_of_turn == 260
+    files.write_json(tmp_path / "generation_config.json", {"eos_token_id": [262, 260]})
+    assert Tokenizer(tmp_path).end_of_turn == 262
+    for eos in ("<think>", {"content": "<think>"}):
+        files.write_json(tmp_path / "tokenizer_config.json", {"eos_token": eos})
+        assert Tokenizer(tmp_path).end_of_turn == 261

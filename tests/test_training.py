@@ -20,6 +20,7 @@ from attention import Runner
 import data as data_module
 from data import load_examples
 from experiments.pipeline import flags
+import latents
 from lib import files
 from load_hf_weights import Reasoning, load_checkpoint, load_model
 import load_hf_weights
@@ -677,3 +678,144 @@ def test_every_rank_gets_as_many_rows():
             assert len({len(rows) for rows in shares}) == 1
             real = [e for rows in shares for row in rows for e in row.result()]
             assert sorted(real) == list(range(10, 10 + count))
+
+
+def test_what_the_optimizer_does(command, checkpoint, data, tmp_path, monkeypatch):
+    seen, real = [], torch.optim.AdamW.step
+
+    def step(self):
+        (group,) = self.param_groups
+        norm = sum(p.grad.square().sum() for p in group["params"]) ** 0.5
+        seen.append((group["lr"], group["weight_decay"], group["betas"], float(norm)))
+        return real(self)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    assert (
+        command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 3))[0] == 0
+    )
+    lines = metrics(tmp_path / "run")
+    assert max(m["grad_norm"] for m in lines) > 1.1
+    for m, (lr, decay, betas, norm) in zip(lines, seen, strict=True):
+        assert (lr, decay, betas) == (m["lr"], 0.01, (0.9, 0.95))
+        assert norm == pytest.approx(min(m["grad_norm"], 1), rel=1e-4)
+
+
+def test_seed_step_and_rank_draw_anew(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(trainer.torch, "manual_seed", drawn.append)
+    for seed, step, rank in ((1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1)):
+        s, process = types.SimpleNamespace(seed=seed), types.SimpleNamespace(rank=rank)
+        part = types.SimpleNamespace(s=s, process=process, task=None, backward=lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            trainer.Trainer.step(part, step, [], [])
+    assert len({*drawn}) == 4
+
+
+def test_epochs(command, checkpoint, data, tmp_path):
+    """40 examples, 8 a step: 0.3 epochs are a step and a half, so two."""
+    assert (
+        command(train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--epochs", 0.3))[0] == 0
+    )
+    assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_order_depends_on_the_seed():
+    assert trainer.batch_indices(0, 8, 20, 3) != trainer.batch_indices(0, 8, 20, 4)
+
+
+def test_time_goes_on(command, checkpoint, data, tmp_path, monkeypatch):
+    clock, clip = [0], trainer.nn.utils.clip_grad_norm_
+
+    def tick(*a):
+        clock[0] += 1
+        if clock[0] == 3:
+            raise RuntimeError
+        return clip(*a)
+
+    monkeypatch.setattr(trainer.nn.utils, "clip_grad_norm_", tick)
+    monkeypatch.setattr(trainer.time, "time", lambda: clock[0])
+    arguments = sft(checkpoint, data, tmp_path / "run", "--max-steps", 4, "--save-every", 0)
+    assert [command(train_sft.main, *arguments)[0] for _ in range(2)] == [1, 0]
+    assert files.read_json(tmp_path / "run" / "finished.json")["seconds"] == 4
+
+
+def test_all_weights_gradient_of_the_embedding(checkpoint, examples):
+    directory, r = checkpoint("qwen3", False), 2
+    model = load_checkpoint(directory)
+    hf = AutoModelForCausalLM.from_pretrained(
+        directory, attn_implementation="eager", dtype=torch.float64
+    )
+    with_latents, alphas = [], []
+    for e in examples:
+        alphas.append(torch.randn(len(oracle.segments(e.chain, r)), 272).softmax(-1).topk(4))
+        with_latents.append(replace(e, alpha=(alphas[-1][0], alphas[-1][1])))
+    task = Phase2(Runner(model), phase2_settings(all_weights=True), Reasoning("latent", 4, r), 0)
+    _, gradients = mean_loss(task, with_latents)
+    oracle.phase2_loss(hf, list(map(theirs, examples)), alphas)[0].backward()
+    expected = hf.get_input_embeddings().weight.grad
+    torch.testing.assert_close(
+        gradients["model.embed_tokens.weight"].double(), expected, atol=1e-4, rtol=1e-3
+    )
+
+
+def test_noise_is_input_and_target(checkpoint, examples):
+    task, batch = phase2_task(checkpoint(), examples, noise=0.7, noise_temperature=1.5)
+    row = task.pack(batch)
+    torch.manual_seed(3)
+    noisy = task.train()(row)
+    torch.manual_seed(3)
+    g = latents.gumbel_like(row.probs)
+    row.probs = latents.add_noise(row.probs, row.ids, g, task.end_think, 0.7, 1.5)
+    plain = task.eval()(row)
+    assert all(torch.equal(noisy[key], plain[key]) for key in plain)
+
+
+def test_own_latents_are_drawn_by_example_and_without_dropout(checkpoint, examples):
+    task, batch = phase2_task(checkpoint(), examples, scheduled_sampling=0.5)
+    for _, linear in lora.projections(task.model):
+        linear.adapters["student"].dropout = 0.5
+    batch, row = task.pack(batch), task.pack(batch).row
+    E = task.model.embed_tokens.weight
+    x = task.model.embed_tokens(row.ids)
+    x = x.index_copy(0, row.latent_index, latents.superpose(batch.probs, batch.ids, E))
+    task.train()
+    states = []
+    for _ in range(20):
+        new = task.with_own_latents(x, row, E)
+        changed = (new != x).any(-1)[row.latent_index]
+        by_example = changed.split(torch.bincount(row.labels.document[row.latent_index]).tolist())
+        assert all(c.all() or not c.any() for c in by_example)
+        states += new[row.latent_index][:1].detach()
+    assert len(torch.stack(states).unique(dim=0)) == 2  # the cached one and the own one
+
+
+def test_latent_query_starts_as_the_mean_embedding(checkpoint):
+    model = load_checkpoint(checkpoint())
+    query = train_phase1.Encoder(Runner(model), 2, 3).latent_query
+    torch.testing.assert_close(query.data, model.embed_tokens.weight.mean(0))
+
+
+def test_no_chain(command, checkpoint, data, tmp_path, monkeypatch):
+    seen, real = [], train_sft.train
+    monkeypatch.setattr(
+        train_sft,
+        "train",
+        lambda task, examples, *a: seen.extend(examples) or real(task, examples, *a),
+    )
+    assert (
+        command(
+            train_sft.main, *sft(checkpoint, data, tmp_path / "run", "--max-steps", 1, "--no-chain")
+        )[0]
+        == 0
+    )
+    assert len(seen) == 40 and not any(e.chain for e in seen)
+    assert load_model(tmp_path / "run")[2].thinking == "none"
+
+
+def test_tokens_of_an_example(checkpoint, tmp_path):
+    line = {"problem": "1+1", "cot": "<think>2</think>", "cot_answer": "\\boxed{2}"}
+    (tmp_path / "x.jsonl").write_text(json.dumps(line))
+    t = load_model(checkpoint())[1]
+    (e,) = data_module.load_examples(tmp_path / "x.jsonl", t)
+    assert (e.prompt, e.chain, e.end_think) == (t.prompt("1+1"), t.encode("2"), t.end_think)
+    assert e.answer == [*t.encode("\\boxed{2}"), t.end_of_turn]

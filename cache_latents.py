@@ -104,8 +104,10 @@ def read_cache(directory, expected):
     found = read_json(path)
     for key, value in expected.items():
         if found.get(key) != value:
-            was = f"{key} is {found.get(key)} in the cache and {value} here"
-            raise UserError(f"{directory}: {was}; make a cache for this start and this data")
+            raise UserError(
+                f"{directory}: {key} is {found.get(key)} in the cache and {value} here; "
+                "make a cache for this start and this data"
+            )
     cached = []
     for shard in sorted(path.parent.glob("shard-*.safetensors")):
         tensors, _ = read_tensors(shard)

@@ -185,8 +185,8 @@ def read_predictions(path, problems, samples):
     new = [line for line in lines.values() if "correct" not in line]
     for line, right in zip(new, grade([(x["reference"], x["answer"]) for x in new])):
         line["correct"] = right
-    ordered = (json.dumps(lines[n], ensure_ascii=False) + "\n" for n in sorted(lines))
-    write_text(path, "".join(ordered))
+    text = "".join(json.dumps(lines[n], ensure_ascii=False) + "\n" for n in sorted(lines))
+    write_text(path, text)
     return lines
 
 

@@ -44,21 +44,23 @@ def cross_entropy(hidden_states, head, targets, weights=None):
 
     hidden_states [n, d], head [V, d], targets int [n]. weights: float [n], or None, all 1.
     """
-    ones = torch.ones(len(targets), device=targets.device)
+    ones = torch.ones_like(targets, dtype=torch.float32)
     weights = ones if weights is None else weights
     return kl_divergence(hidden_states, head, ones[:, None], targets[:, None], weights)
 
 
-def segment_loss(hidden_states, embedding, latent, tokens):
+def segment_loss(hidden_states, embedding, latent, tokens, r):
     """Not in the paper. Keeps each latent on the tokens of its own segment, in order.
 
-    The cross-entropy of a segment's tokens under the encoder's full distribution at its L, with
-    weights 1, 1/2, 1/4, ... scaled to sum 1. Summed over latents. hidden_states [n, hidden_size] at
-    the Ls; tokens int [m]; latent int [m], ascending: the number of the latent of each token.
+    The cross-entropy of a segment's tokens under the encoder's full distribution at its L. Their
+    shares are a geometric row from 1 to 1/2, scaled to sum 1 in each segment. Summed over latents.
+    hidden_states [n, hidden_size] at the Ls; tokens int [m]; latent int [m], ascending: the number
+    of the latent of each token.
     """
-    size = torch.bincount(latent)
-    place = torch.arange(len(latent), device=latent.device) - (size.cumsum(0) - size)[latent]
-    weights = 0.5**place / (2 - 0.5 ** (size[latent] - 1))  # / (1 + 1/2 + ...)
+    size = latent.bincount()
+    place = torch.arange(len(latent), device=latent.device) - torch.searchsorted(latent, latent)
+    shares = 0.5 ** torch.linspace(0, 1, r, device=latent.device)
+    weights = shares[place] / shares.cumsum(0)[size[latent] - 1]
     return cross_entropy(hidden_states[latent], embedding, tokens, weights)
 
 

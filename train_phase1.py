@@ -111,24 +111,25 @@ class Phase1(Task):
         encoder.latent_query.requires_grad_("encoder" in learns)
 
     def counts(self, examples):
-        targets = sum(num_targets(self.layouts[1], e, self.r) for e in examples)
-        return {"ce": targets, "segment": sum(num_latents(e, self.r) for e in examples)}
+        return {
+            "ce": sum(num_targets(self.layouts[1], e, self.r) for e in examples),
+            "segment": sum(num_latents(e, self.r) for e in examples),
+        }
 
     def pack(self, examples, shape=None):
         return TwoLayouts(*(pack_examples(name, examples, self.r, shape) for name in self.layouts))
 
     def forward(self, rows):
         enc, dec = rows.encoder, rows.decoder
-        parts = {}
         E = self.model.embed_tokens.weight.detach()
-        probs, ids, h = self.encoder(enc)
-        if "segment" in self.weights:
-            parts["segment"] = segment_loss(h, E, next_latents(enc), enc.targets)
+        probs, ids, at_L = self.encoder(enc)
         z = superpose(probs, ids, E)
         x = self.model.embed_tokens(dec.ids).index_copy(0, dec.latent_index, z)
         h = self.run(x, dec, RULES[self.layouts[1]], "decoder")
-        ce = cross_entropy(h[dec.target_index], self.model.head, dec.targets)
-        return parts | {"ce": ce}
+        parts = {"ce": cross_entropy(h[dec.target_index], self.model.head, dec.targets)}
+        if "segment" in self.weights:
+            parts["segment"] = segment_loss(at_L, E, next_latents(enc), enc.targets, self.r)
+        return parts
 
     def save(self, out):
         query = self.encoder.latent_query

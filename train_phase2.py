@@ -74,8 +74,7 @@ class Phase2(Task):
             self.model.requires_grad_(True)
 
     def counts(self, examples):
-        targets = sum(num_targets("latent", e, self.r) for e in examples)
-        return {"ce": targets, "kl": len(examples)}
+        return {"ce": sum(num_targets("latent", e, self.r) for e in examples), "kl": len(examples)}
 
     def pack(self, examples, shape=None):
         probs, ids = map(torch.cat, zip(*(e.alpha for e in examples)))

@@ -272,8 +272,9 @@ class Trainer:
         tensors, self.progress = read_tensors(path, self.process.device)
         for name, p in self.learned.items():
             p.data.copy_(tensors[f"parameter/{name}"])
-            state = {key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = state
+            self.optimizer.state[p] = {
+                key: tensors[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            }
 
     def finish(self, out):
         """Writes a model: the last one, or one on the way."""

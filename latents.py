@@ -53,7 +53,7 @@ def segment_loss(hidden_states, embedding, latent, tokens, r):
     """Not in the paper. Keeps each latent on the tokens of its own segment, in order.
 
     The cross-entropy of a segment's tokens under the encoder's full distribution at its L. Their
-    shares are a geometric row from 1 to 1/2, scaled to sum 1 in each segment. Summed over latents.
+    shares fall geometrically from 1 to 1/2, scaled to sum 1 in each segment. Summed over latents.
     hidden_states [n, hidden_size] at the Ls; tokens int [m]; latent int [m], ascending: the number
     of the latent of each token.
     """

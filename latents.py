@@ -52,15 +52,15 @@ def cross_entropy(hidden_states, head, targets, weights=None):
 def segment_loss(hidden_states, embedding, latent, tokens, r):
     """Not in the paper. Keeps each latent on the tokens of its own segment, in order.
 
-    The cross-entropy of a segment's tokens under the encoder's full distribution at its L. Their
-    shares fall geometrically from 1 to 1/2, scaled to sum 1 in each segment. Summed over latents.
-    hidden_states [n, hidden_size] at the Ls; tokens int [m]; latent int [m], ascending: the number
-    of the latent of each token.
+    The cross-entropy of a segment's tokens under the encoder's full distribution at its L, summed
+    over latents. A token's weight falls geometrically with its place, from 1 to 1/2 over r places.
+    The weights of a segment are scaled to sum 1. hidden_states [n, hidden_size] at the Ls; tokens
+    int [m]; latent int [m], ascending: the number of the latent of each token.
     """
     size = latent.bincount()
     place = torch.arange(len(latent), device=latent.device) - torch.searchsorted(latent, latent)
-    shares = 0.5 ** torch.linspace(0, 1, r, device=latent.device)
-    weights = shares[place] / shares.cumsum(0)[size[latent] - 1]
+    by_place = 0.5 ** torch.linspace(0, 1, r, device=latent.device)
+    weights = by_place[place] / by_place.cumsum(0)[size[latent] - 1]
     return cross_entropy(hidden_states[latent], embedding, tokens, weights)
 
 

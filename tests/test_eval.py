@@ -446,49 +446,24 @@ def test_chains_of_a_benchmark_are_those_of_training(tmp_path):
     assert evaluation.load_problems(path)[0].chain == "12"
 
 
+def latents_of(command, thinker, data, out, arms, budget):
+    """For each arm, the latents of each prediction, as the file has them."""
+    what = ["--model", thinker("latent", 3), "--data", data, "--out", out, "--arms", *arms]
+    assert command(evaluation.main, *what, *budget)[0] == 0
+    return [[x["latents"] for x in read_jsonl(out / f"train.{arm}.jsonl")] for arm in arms]
+
+
 def test_other_arm_with_samples(command, thinker, data, tmp_path):
-    budget = ["--max-latents", 4, "--max-new-tokens", 2, "--samples", 2, "--arms", "free", "other"]
-    assert (
-        command(
-            evaluation.main,
-            "--model",
-            thinker("latent", 3),
-            "--data",
-            data,
-            "--out",
-            tmp_path,
-            *budget,
-        )[0]
-        == 0
-    )
-    free, other = (
-        [json.loads(x)["latents"] for x in (tmp_path / f"train.{arm}.jsonl").open()]
-        for arm in ("free", "other")
-    )
+    budget = ["--max-latents", 4, "--max-new-tokens", 2, "--samples", 2]
+    free, other = latents_of(command, thinker, data, tmp_path, ["free", "other"], budget)
     for n, found in enumerate(other):
         before = free[(n // 2 - 1) * 2]
         assert not before or found == [before[i % len(before)] for i in range(len(found))]
 
 
 def test_random_arm(command, thinker, data, tmp_path):
-    budget = ["--max-latents", 1, "--max-new-tokens", 1, "--arms", "free", "random"]
-    assert (
-        command(
-            evaluation.main,
-            "--model",
-            thinker("latent", 3),
-            "--data",
-            data,
-            "--out",
-            tmp_path,
-            *budget,
-        )[0]
-        == 0
-    )
-    free, found = (
-        [json.loads(x)["latents"] for x in (tmp_path / f"train.{arm}.jsonl").open()]
-        for arm in ("free", "random")
-    )
+    budget = ["--max-latents", 1, "--max-new-tokens", 1]
+    free, found = latents_of(command, thinker, data, tmp_path, ["free", "random"], budget)
     assert [[p for _, p in z] for x in free for z in x] == [
         [p for _, p in z] for x in found for z in x
     ]

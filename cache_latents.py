@@ -67,9 +67,9 @@ def multiplexed(example, r, rho):
     """
     n = len(example.chain)
     ids = F.pad(torch.tensor(example.chain).int(), (0, -n % r)).view(-1, r)
-    place = torch.arange(ids.numel()).view(-1, r)
+    weights = rho ** torch.arange(r) * (torch.arange(ids.numel()).view(-1, r) < n)
     same = ids[:, :, None] == ids[:, None]
-    masses = (same * (rho ** (place % r) * (place < n))[:, None]).sum(-1)
+    masses = (same * weights[:, None]).sum(-1)
     masses *= ~same.tril(-1).any(-1)  # at the first place of each token
     return (masses / masses.sum(-1, keepdim=True)).half(), ids
 
@@ -122,19 +122,16 @@ def main():
     s = parse(Settings, __doc__)
     process = join(s.device)
     start = start_of(s)
+    examples = load_examples(s.data, Tokenizer(resolve(start)[0]), process.say)
+    made_from = identity(s, len(examples))
     if s.model:  # top_k is for inference: alpha has at most r tokens
-        tokenizer = Tokenizer(resolve(start)[0])
-        how = dict(compression=s.compression, multiplex=s.multiplex, top_k=Reasoning.top_k)
+        made_from |= dict(compression=s.compression, multiplex=s.multiplex, top_k=Reasoning.top_k)
     else:
-        base = finished_phase1(start)["start"]
-        model, tokenizer, _ = load_model(base, process.device, process.dtype)
+        model = load_model(finished_phase1(start)["start"], process.device, process.dtype)[0]
         encoder = load_encoder(start, make_runner(model, process))
-        how = {}
-    examples = load_examples(s.data, tokenizer, process.say)
-    if s.phase1:  # all shards have rows of one shape, so a GPU compiles and records once
+        # all shards have rows of one shape, so a GPU compiles and records once
         lengths = [num_tokens("encoder", e, encoder.r) for e in examples]
         shape = row_shape(lengths, min(SHARD, len(lengths)), s.row_tokens, process.device)
-    made_from = identity(s, len(examples)) | how
     with output_directory(s.out, s, command="cache_latents", **made_from) as out:
         process.say(f"{out}: latents of {len(examples)} examples, on {process.device}")
         numbers = range(process.rank, -(-len(examples) // SHARD), process.world)

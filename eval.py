@@ -75,7 +75,7 @@ def load_problems(path):
 
 def split_chain(tokens, end_think):
     """The ids before </think>, and those after it. Without </think> both are all of `tokens`."""
-    for i in range(len(tokens) - len(end_think) + 1):
+    for i in range(len(tokens)):
         if tokens[i : i + len(end_think)] == end_think:
             return tokens[:i], tokens[i + len(end_think) :]
     return tokens, tokens
@@ -214,9 +214,12 @@ def main():
     loaded = load_model(s.model, process.device, process.dtype)
     arms = [Arm(name, s, *loaded) for name in s.arms]
     summaries = {}
-    with output_directory(s.out, s, command="eval", weights=fingerprint(s.model)) as out:
-        for file, of_file in problems.items():
-            for arm in arms:
+    with output_directory(
+        s.out, s, command="eval", weights=fingerprint(s.model), reasoning=vars(loaded[2])
+    ) as out:
+        while arms:  # an arm that is done gives its memory back
+            arm = arms.pop(0)
+            for file, of_file in problems.items():
                 name = f"{file}.{arm.name}"
                 summaries[name] = evaluate(arm, of_file, out / f"{name}.jsonl", process)
                 values = (f"{key} {x:.4g}" for key, x in summaries[name].items())

@@ -155,8 +155,6 @@ def save_checkpoint(model, source, out, reasoning):
 
     Config and tokenizer come from there. config.json comes last: without it `out` is no model.
     """
-    out = Path(out)
-    source = Path(source)
     config = read_json(source / "config.json")
     dtype = DTYPES[config.get("dtype") or config.get("torch_dtype") or "float32"]
     weights = {hf_name(n): p.to(dtype) for n, p in model.named_parameters()}

@@ -78,13 +78,10 @@ def test_an_unfinished_run_is_no_base(command, fails, checkpoint, data, tmp_path
     run = tmp_path / "run"
     assert command(train_phase1.main, *sft(checkpoint(), data, run), "--lora-rank", 2)[0] == 0
     (run / "finished.json").unlink()
+    more = ["--data", data, "--out", tmp_path / "out"]
     for main in (train_phase1.main, train_sft.main):
-        fails(main, ["--model", run, "--data", data, "--out", tmp_path / "out"], "is not finished")
-    fails(
-        cache_latents.main,
-        ["--phase1", run, "--data", data, "--out", tmp_path / "out"],
-        "is not a finished run",
-    )
+        fails(main, ["--model", run, *more], "is not finished")
+    fails(cache_latents.main, ["--phase1", run, *more], "is not finished")
     fails(load_hf_weights.main, ["--model", run, "--out", tmp_path / "out"], "is not finished")
     fails(
         train_phase2.main,
@@ -237,6 +234,17 @@ def test_bad_values(command, fails, checkpoint, data, tmp_path, arguments):
     out = tmp_path / "out"
     fails(train_phase1.main, [*sft(checkpoint(), data, out), *arguments], code=2)
     assert command(train_phase1.main, *sft(checkpoint(), data, out))[0] == 0  # no obstacle
+
+
+def test_a_step_twice(fails, checkpoint, data, tmp_path):
+    arguments = [
+        *sft(checkpoint(), data, tmp_path / "out"),
+        "--steps",
+        "encoder",
+        "joint",
+        "encoder",
+    ]
+    fails(train_phase1.main, arguments, "--steps: names a step twice")
 
 
 def test_what_a_flag_takes_is_named(fails, thinker):

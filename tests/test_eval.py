@@ -482,6 +482,12 @@ def test_eval_refuses_another_model(command, thinker, checkpoint, data, tmp_path
     other = tmp_path / "other"
     shutil.copytree(thinker(), other)
     assert command(evaluation.main, "--model", other, *more)[0] == 0
+    path = other / "config.json"
+    config = files.read_json(path)
+    files.write_json(path, config | {"latent_sft": config["latent_sft"] | {"top_k": 1}})
+    code, _, error = command(evaluation.main, "--model", other, *more)
+    assert code == 1 and "was made with reasoning" in error
+    files.write_json(path, config)
     tensors, metadata = files.read_tensors(other / "model.safetensors")
     tensors["model.norm.weight"][0] += 1
     files.write_tensors(other / "model.safetensors", tensors, metadata)

@@ -21,6 +21,7 @@ Arms:
 import lib.errors  # noqa: F401  from here on an error is one line
 
 from dataclasses import replace
+import gc
 import json
 from pathlib import Path
 import re
@@ -153,10 +154,9 @@ class Arm:
     def prediction(self, problem, r):
         """A readable line about a sample r, a sample.Sequence, without its verdict."""
         decode = self.tokenizer.decode
-        chain = []
-        answer = r.tokens
+        chain, answer = [], r.tokens
         if self.sampler.thinking == "text":
-            chain, answer = split_chain(r.tokens, self.tokenizer.end_think)
+            chain, answer = split_chain(answer, self.tokenizer.end_think)
         top = [zip(probs[:5].tolist(), ids.tolist()) for probs, ids in r.latents]
         return {
             "problem": problem.text,
@@ -217,8 +217,9 @@ def main():
     with output_directory(
         s.out, s, command="eval", weights=fingerprint(s.model), reasoning=vars(loaded[2])
     ) as out:
-        while arms:  # an arm that is done gives its memory back
+        while arms:
             arm = arms.pop(0)
+            gc.collect()  # the memory of the arm before
             for file, of_file in problems.items():
                 name = f"{file}.{arm.name}"
                 summaries[name] = evaluate(arm, of_file, out / f"{name}.jsonl", process)

@@ -97,7 +97,7 @@ def load_checkpoint(directory, device="cpu", dtype=torch.float32):
             if not n and name.endswith(("lm_head.weight", "rotary_emb.inv_freq")):
                 continue  # a second copy, or derived
             if t.shape != shape or t.dtype not in DTYPES.values() or not t.isfinite().all():
-                needed = f"finite numbers, {shape}" if shape else "no such tensor"
+                needed = f"finite numbers, {shape}" if shape else "a tensor of this model, once"
                 raise UserError(f"{path}: {name} is {t.dtype} {t.shape}; needed: {needed}")
             weights[n] = t.to(dtype)
     if expected:

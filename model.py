@@ -126,12 +126,12 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        width, vocab = config.hidden_size, config.vocab_size
-        self.embed_tokens = nn.Embedding(vocab, width)
+        width = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, config.rms_norm_eps)
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(width, vocab, bias=False)
+        self.lm_head = None if tied else nn.Linear(width, config.vocab_size, bias=False)
         self.register_buffer("rope_frequencies", rotary_frequencies(config), persistent=False)
 
     @property

@@ -196,13 +196,12 @@ class Sampler:
 
     def _read(self, new):
         """Reads the prompts of new sequences into their slots."""
-        p = self.params
         longest = max(len(s.prompt) for s in new.values())
         for part in torch.tensor([*new]).split(max(1, PREFILL // longest)):
             sequences = [new[slot] for slot in part.tolist()]
             slots = part.to(self.device)
-            if p.temperature >= GREEDY:
-                rngs = (np.random.default_rng((p.seed, s.number, 1)) for s in sequences)
+            if self.params.temperature >= GREEDY:
+                rngs = (np.random.default_rng((self.params.seed, s.number, 1)) for s in sequences)
                 draws = [rng.random(self.uniform.shape[1], dtype=np.float32) for rng in rngs]
                 self.uniform[slots] = torch.from_numpy(np.stack(draws)).to(self.device)
             examples = [Example(s.prompt, [], [], []) for s in sequences]

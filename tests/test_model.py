@@ -157,7 +157,7 @@ def change_tensors(directory, change):
         ),
         (
             lambda t: t.update({"model.layers.7.mlp.up_proj.weight": torch.ones(1)}),
-            ["model.layers.7.mlp.up_proj.weight", "no such tensor"],
+            ["model.layers.7.mlp.up_proj.weight", "needed: a tensor of this model"],
         ),
         (
             lambda t: t.update({"model.norm.weight": torch.ones(31)}),

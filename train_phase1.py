@@ -73,7 +73,7 @@ class Encoder(nn.Module):
 
     def __init__(self, runner, r, k, no_induction=False):
         super().__init__()
-        self.run, self.model = runner, runner.model
+        self.runner, self.model = runner, runner.model
         self.r, self.k = r, k
         self.rule = causal if no_induction else induction
         self.latent_query = nn.Parameter(self.model.embed_tokens.weight.float().mean(0))
@@ -83,7 +83,7 @@ class Encoder(nn.Module):
         E, at = self.model.embed_tokens.weight.detach(), row.latent_index
         x = self.model.embed_tokens(row.ids)
         x = x.index_copy(0, at, self.latent_query.to(x.dtype).expand(len(at), -1))
-        h = self.run(x, row, self.rule, "encoder")[at]
+        h = self.runner(x, row, self.rule, "encoder")[at]
         return *induce(h, E, self.k), h
 
     def load(self, out):
@@ -100,7 +100,7 @@ class Phase1(Task):
 
     def __init__(self, runner, encoder, learns, no_segments=False, w_segment=0.0):
         super().__init__()
-        self.run, self.model, self.encoder, self.learns = runner, runner.model, encoder, learns
+        self.runner, self.model, self.encoder, self.learns = runner, runner.model, encoder, learns
         self.r, self.layouts = encoder.r, ("encoder", "latent" if no_segments else "decoder")
         if w_segment and "encoder" in learns:
             self.weights = {"ce": 1.0, "segment": w_segment}
@@ -125,7 +125,7 @@ class Phase1(Task):
         probs, ids, at_L = self.encoder(enc)
         z = superpose(probs, ids, E)
         x = self.model.embed_tokens(dec.ids).index_copy(0, dec.latent_index, z)
-        h = self.run(x, dec, RULES[self.layouts[1]], "decoder")
+        h = self.runner(x, dec, RULES[self.layouts[1]], "decoder")
         parts = {"ce": cross_entropy(h[dec.target_index], self.model.head, dec.targets)}
         if "segment" in self.weights:
             parts["segment"] = segment_loss(at_L, E, next_latents(enc), enc.targets, self.r)

@@ -66,7 +66,7 @@ class Phase2(Task):
 
     def __init__(self, runner, s, reasoning, end_think, source=None):
         super().__init__()
-        self.run, self.model, self.s, self.source = runner, runner.model, s, source
+        self.runner, self.model, self.s, self.source = runner, runner.model, s, source
         self.reasoning, self.r, self.end_think = reasoning, reasoning.compression, end_think
         self.weights = {"ce": s.w_ce, "kl": s.w_kl}
         self.adapter = None if s.all_weights else "student"
@@ -94,7 +94,7 @@ class Phase2(Task):
         x = x.index_copy(0, row.latent_index, superpose(probs, ids, E))
         if s.scheduled_sampling and self.training:
             x = self.with_own_latents(x, row, E)
-        h = self.run(x, row, RULES["latent"], self.adapter)
+        h = self.runner(x, row, RULES["latent"], self.adapter)
         before = h[row.latent_index - 1]  # the position before Z_i predicts Z_i
         kl = kl_divergence(before, head, probs, ids, batch.weights)
         return {"ce": cross_entropy(h[row.target_index], head, row.targets), "kl": kl}
@@ -109,7 +109,7 @@ class Phase2(Task):
         index = row.latent_index
         with torch.no_grad():
             self.eval()  # as inference, without dropout
-            before = self.run(x, row, RULES["latent"], self.adapter)[index - 1]
+            before = self.runner(x, row, RULES["latent"], self.adapter)[index - 1]
             self.train()
             own = induce(before, self.model.head.to(before.dtype), self.reasoning.top_k)
         chance = torch.rand(len(labels.starts) - 1, device=x.device)

@@ -27,7 +27,7 @@ class Settings(TrainingSettings):
 class CoTSFT(Task):
     def __init__(self, runner, source, reasoning):
         super().__init__()
-        self.run, self.model = runner, runner.model.requires_grad_(True)
+        self.runner, self.model = runner, runner.model.requires_grad_(True)
         self.source, self.reasoning = source, reasoning
 
     def counts(self, examples):
@@ -37,7 +37,7 @@ class CoTSFT(Task):
         return pack_examples("cot", examples, shape=shape)
 
     def forward(self, row):
-        h = self.run(self.model.embed_tokens(row.ids), row, RULES["cot"])
+        h = self.runner(self.model.embed_tokens(row.ids), row, RULES["cot"])
         return {"ce": cross_entropy(h[row.target_index], self.model.head, row.targets)}
 
     def save(self, out):

@@ -52,7 +52,7 @@ class Task(nn.Module):
     pack(examples, shape): a packed row of them on the CPU, a dataclass of tensors.
     forward(row): {part: float32 sum}, the loss parts of a row.
     save(out): writes what was learned. load(out): called instead of training if `out` is finished.
-    run: the Runner of its model.
+    runner: the Runner of its model.
     Loss = sum over parts of weight * sum / count. A part without weight is logged only.
     """
 
@@ -130,7 +130,7 @@ def train(task, examples, s, process, out):
         if s.batch_size % process.world:
             raise UserError(f"--batch-size {s.batch_size}: the ranks need equal shares")
         Trainer(task, fitting, s, process, out).loop()
-        task.run.forget()
+        task.runner.forget()
     barrier()
     (out / "resume.safetensors").unlink(missing_ok=True)
 

@@ -136,9 +136,9 @@ def test_equals_the_cpu(how, phase, k, dtype, tolerance):
     task, batches = task_of(phase, k, how), [random_examples(24, k, seed) for seed in range(2)]
     there = copy.deepcopy(task).to(GPU)
     there.model.compile_layers()
-    there.run = Runner(there.model, "graphs" in how, "checkpointing" in how, dtype)
+    there.runner = Runner(there.model, "graphs" in how, "checkpointing" in how, dtype)
     if phase == 1:
-        there.encoder.run = there.run
+        there.encoder.runner = there.runner
     for n, p in there.named_parameters():
         if not p.requires_grad:
             p.data = p.data.to(dtype)
@@ -301,7 +301,7 @@ def test_cached_latents():
     examples = random_examples(60)
     expected = encode(encoder, examples, data.RowShape(4096, 60))
     there = copy.deepcopy(encoder).to(GPU)
-    there.run = Runner(there.model, graphs=True)
+    there.runner = Runner(there.model, graphs=True)
     there.model.compile_layers()
     lengths = [data.num_tokens("encoder", e, encoder.r) for e in examples]
     shape = data.row_shape(lengths, 20, 256, GPU)
@@ -310,7 +310,7 @@ def test_cached_latents():
         for first in range(0, 60, 20)
         for alpha in encode(there, examples[first : first + 20], shape)
     ]
-    assert len(there.run.recorded) == 1
+    assert len(there.runner.recorded) == 1
     for (probs, ids), (expected_probs, expected_ids) in zip(got, expected, strict=True):
         assert torch.equal(ids, expected_ids)
         torch.testing.assert_close(probs, expected_probs, atol=2e-3, rtol=0)

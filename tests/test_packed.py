@@ -203,7 +203,7 @@ def test_checkpointed_activations(phase):
     task = task_of(phase, dropout=0.3).train()
     rows = task.pack(random_examples(6, 4))
     expected, gradients = loss_and_gradients(task, rows)
-    task.run.recompute = True
+    task.runner.recompute = True
     loss, again = loss_and_gradients(task, rows)
     assert loss == expected and all(torch.equal(again[n], gradients[n]) for n in gradients)
 

@@ -302,7 +302,7 @@ def test_frozen_adapter_has_no_dropout(checkpoint, examples):
         row = task.pack(examples)
         for name in ("encoder", "decoder"):
             x = task.model.embed_tokens(row.encoder.ids)
-            a, b = (task.run(x, row.encoder, masks.causal, name) for _ in range(2))
+            a, b = (task.runner(x, row.encoder, masks.causal, name) for _ in range(2))
             assert torch.equal(a, b) == (name not in names), step
 
 

@@ -50,8 +50,12 @@ def start_of(s):
 
 def identity(s, count):
     """What a cache depends on. Phase 2 compares it with what it is about to train on."""
-    found = {"count": count, "data_hash": file_hash(s.data), "encoder": None}
-    found["tokenizer"] = file_hash(resolve(start_of(s))[0] / "tokenizer.json")
+    found = {
+        "count": count,
+        "data_hash": file_hash(s.data),
+        "encoder": None,
+        "tokenizer": file_hash(resolve(start_of(s))[0] / "tokenizer.json"),
+    }
     if s.phase1:
         config = finished_phase1(s.phase1)
         file = Path(s.phase1) / config["steps"][-1] / "encoder.safetensors"

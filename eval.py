@@ -219,7 +219,7 @@ def main():
     ) as out:
         while arms:
             arm = arms.pop(0)
-            gc.collect()  # the memory of the arm before
+            gc.collect()  # frees the KV cache of the arm before
             for file, of_file in problems.items():
                 name = f"{file}.{arm.name}"
                 summaries[name] = evaluate(arm, of_file, out / f"{name}.jsonl", process)

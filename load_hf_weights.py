@@ -153,7 +153,8 @@ def fingerprint(path, *more):
 def save_checkpoint(model, source, out, reasoning):
     """Writes `model` into the hub directory `out`, in the dtype of the checkpoint `source`.
 
-    Config and tokenizer come from there. config.json comes last: without it `out` is no model.
+    Both are Paths. Config and tokenizer come from `source`. config.json comes last: without it
+    `out` is no model.
     """
     config = read_json(source / "config.json")
     dtype = DTYPES[config.get("dtype") or config.get("torch_dtype") or "float32"]

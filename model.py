@@ -126,12 +126,11 @@ class Model(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        width = config.hidden_size
-        self.embed_tokens = nn.Embedding(config.vocab_size, width)
+        width, vocab = config.hidden_size, config.vocab_size
+        self.embed_tokens = nn.Embedding(vocab, width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(width, config.rms_norm_eps)
-        tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(width, config.vocab_size, bias=False)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(width, vocab, bias=False)
         self.register_buffer("rope_frequencies", rotary_frequencies(config), persistent=False)
 
     @property

@@ -176,7 +176,7 @@ def main():
         lists = {"lr": s.lr, "epochs": s.epochs, "max_steps": s.max_steps}
         for i, step in enumerate(s.steps):
             task = Phase1(runner, encoder, LEARNS[step], s.no_segments, s.w_segment)
-            each = {key: values[: i + 1][-1] for key, values in lists.items()}
+            each = {key: values[min(i, len(values) - 1)] for key, values in lists.items()}
             train(task, examples, replace(s, **each), process, out / step)
         write_json(out / "finished.json", {})
 

@@ -103,7 +103,8 @@ class Phase2(Task):
         """x with the model's own latents in some examples, drawn at random. Targets stay.
 
         All come from one pass over x, with the cached latents. This is no rollout.
-        Where the model is in doubt, its latent mixes continuations. A cached one knows the chain.
+        A cached latent belongs to one written chain. Where the model is in doubt, its own latent
+        mixes several continuations.
         """
         labels = row.labels
         index = row.latent_index

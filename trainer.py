@@ -53,7 +53,7 @@ class Task(nn.Module):
     forward(row): {part: float32 sum}, the loss parts of a row.
     save(out): writes what was learned. load(out): called instead of training if `out` is finished.
     runner: the Runner of its model.
-    Loss = sum over parts of weight * sum / count. A part without weight is logged only.
+    Loss = sum over parts of weight * sum / count. A part with weight 0 is logged only.
     """
 
     weights = {"ce": 1.0}

@@ -81,7 +81,9 @@ def test_an_unfinished_run_is_no_base(command, fails, checkpoint, data, tmp_path
     more = ["--data", data, "--out", tmp_path / "out"]
     for main in (train_phase1.main, train_sft.main):
         fails(main, ["--model", run, *more], "is not finished")
-    fails(cache_latents.main, ["--phase1", run, *more], "is not finished")
+    fails(
+        cache_latents.main, ["--phase1", run, *more], "run is not finished; start its command again"
+    )
     fails(load_hf_weights.main, ["--model", run, "--out", tmp_path / "out"], "is not finished")
     fails(
         train_phase2.main,

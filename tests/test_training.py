@@ -149,7 +149,7 @@ def test_phase1_loss(checkpoint, examples, kind, tied, r, k):
 
 @pytest.mark.parametrize("kind,tied,r", [("llama", True, 1), ("qwen2", False, 3)])
 def test_segment_loss(checkpoint, examples, kind, tied, r):
-    """The cross-entropy of each segment's own tokens, in shares that fall geometrically from 1 to 1/2, under the full softmax at its latent; and its gradient."""
+    """The cross-entropy of each segment's own tokens, with weights that fall geometrically from 1 to 1/2, under the full softmax at its latent; and its gradient."""
     examples[0].chain[:3] = [7, 7, 9]  # a token twice in a segment
     directory = checkpoint(kind, tied)
     task, without = phase1_task(directory, r, w_segment=0.3), phase1_task(directory, r)

@@ -58,7 +58,8 @@ def main():
         make = partial(random_line, random.Random(s.seed), s.digits)
         train = pipeline.generate(make, s.problems, test.name)
         sft = SFT | {"model": s.model, "max_steps": 500}
-        phase1 = PHASE1 | {"max_steps": (100, 100, 2000)}
+        # with 5 digits and w_segment 1, two of four phase 1 trainings left latents out of order
+        phase1 = PHASE1 | {"w_segment": 1 if s.digits < 5 else 4, "max_steps": (100, 100, 2000)}
         phase2 = PHASE2 | {"max_steps": s.steps, "keep": 3}
         pipeline.run(train, [test], sft, phase1, phase2)
 

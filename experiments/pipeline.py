@@ -57,12 +57,11 @@ def write_jsonl(path, lines):
 
 
 def flags(**more):
-    """--key value ... for a command line. True is a flag alone, False is none."""
+    """--key value ... for a command line. True is a flag alone."""
     found = []
     for key, value in more.items():
-        if value is not False:
-            many = value if isinstance(value, list | tuple) else [value]
-            found += ["--" + key.replace("_", "-"), *([] if value is True else map(str, many))]
+        many = value if isinstance(value, list | tuple) else [value]
+        found += ["--" + key.replace("_", "-"), *([] if value is True else map(str, many))]
     return found
 
 
@@ -101,7 +100,7 @@ class Pipeline:
 
     def copy(self, name):
         """The file `name` of --data, in `out`. Smoke mode takes four lines of it."""
-        lines = [*open(Path(self.s.data) / name)]
+        lines = [*open(f"{self.s.data}/{name}")]
         path = self.out / name
         write_text(path, "".join(lines[: 4 if self.s.smoke else None]).rstrip() + "\n")
         return path

@@ -4,7 +4,8 @@
 
 The task is a machine with ten states and four buttons, each a permutation of the states. `4abd=`
 asks where it ends if it starts in state 4. The written chain says button and new state at each
-step: `a3b6d1`. Without steps a small model cannot compose 5 to 8 permutations; with them it can.
+step: `a3b6d1`. Without steps the small model does not learn to compose 5 to 8 permutations. With
+them it does.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line

@@ -13,7 +13,7 @@ from functools import partial
 import random
 
 from experiments.pipeline import PHASE1, PHASE2, SFT, Pipeline, TaskSettings
-from lib.cli import parse, settings
+from lib.cli import number, parse, settings
 from lib.run import output_directory
 
 EVAL = dict(temperature=0, max_latents=128, max_new_tokens=160, batch_size=512)
@@ -21,7 +21,7 @@ EVAL = dict(temperature=0, max_latents=128, max_new_tokens=160, batch_size=512)
 
 @settings
 class Settings(TaskSettings):
-    digits: int = 4  # of each factor, 3 or more
+    digits: number(int, 3) = 4  # of each factor
     problems: int = 131072  # to train on
     steps: int = 6000  # of phase 2
 

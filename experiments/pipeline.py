@@ -33,7 +33,7 @@ class RunSettings:
     rho: Share = 0.5  # of mux, the one-stage baseline: its --multiplex
     seed: int = 1  # of every random choice
     device: str = ""  # cpu, cuda or cuda:N; default: a GPU if there is one
-    smoke: bool = False  # two steps of everything on a few lines, to see that it runs
+    smoke: bool = False  # two steps of everything, to see that it runs
 
 
 @settings
@@ -60,8 +60,8 @@ def flags(**more):
     """--key value ... for a command line. True is a flag alone."""
     found = []
     for key, value in more.items():
-        many = value if isinstance(value, list | tuple) else [value]
-        found += ["--" + key.replace("_", "-"), *([] if value is True else map(str, many))]
+        many = [] if value is True else value if isinstance(value, list | tuple) else [value]
+        found += ["--" + key.replace("_", "-"), *map(str, many)]
     return found
 
 

@@ -20,9 +20,9 @@ import regex
 LONGEST = 2000  # characters of an answer that are looked at, from its end
 BOX = regex.compile(r"\\boxed(\{(?:[^{}]|(?1))*+\})")
 NUMBER = re.compile(
-    r"\s*\\?\$?\s*([-+]?(?:\d{1,3}(?:(?:,|\s|\\,|\{,\})\d{3})+|\d{1,40})(?:\.\d{0,40})?)"
-    r"(e[-+]?\d{1,2})?\s*(?:\\?%|\s[a-z]{2,}(?:\s[a-z]+)*)?\s*[.,]?\s*",
-    re.IGNORECASE,
+    r"(?i)\s*\\?\$?\s*([-+]?(?:\d{1,3}(?:(?:,|\s|\\,|\{,\})\d{3})+|\d{1,40})(?:\.\d{0,40})?)"
+    r"(e[-+]?\d{1,2})?\s*(?:\\?%|\s(?!(?:hundred|thousand|million|billion|and|plus|minus)\b)"
+    r"[a-z]{2,}(?:\s[a-z]+)*)?\s*[.,]?\s*"
 )
 
 

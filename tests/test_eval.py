@@ -47,6 +47,9 @@ CASES = [
     ("123456789.5", "\\boxed{123456789.6}", True),
     # what numbers look like
     ("72", "\\boxed{72 dollars}", True),
+    ("6", "\\boxed{6 android phones}", True),
+    ("3", "\\boxed{3 million}", False),
+    ("10", "\\boxed{10 and a half}", False),
     ("72", "\\boxed{$72}", True),
     ("72", "\\boxed{\\$72}", True),
     ("72", "\\boxed{72,}", True),

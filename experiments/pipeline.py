@@ -60,8 +60,9 @@ def flags(**more):
     """--key value ... for a command line. True is a flag alone."""
     found = []
     for key, value in more.items():
-        many = [] if value is True else value if isinstance(value, list | tuple) else [value]
-        found += ["--" + key.replace("_", "-"), *map(str, many)]
+        found.append("--" + key.replace("_", "-"))
+        if value is not True:
+            found += map(str, value if isinstance(value, list | tuple) else [value])
     return found
 
 

@@ -2,9 +2,9 @@
 
     python -m experiments.report                     # results/table.md, results/<task>.svg
 
-Pictures for each task: accuracy over the share of the written chain. A name with a comma, as of an
-intervention, is left out. Where models were kept on the way, accuracy and loss over the steps of
-phase 2.
+Pictures for each task: accuracy over the share of the written chain, without the rows that have a
+comma in their name, such as interventions. Where models were kept on the way, accuracy and loss
+over the steps of phase 2.
 """
 
 import lib.errors  # noqa: F401  from here on an error is one line
@@ -33,7 +33,7 @@ def report(directory):
         first = [
             (row["row"].partition(", step-")[0], row) for row in of_task if row["test"] == test
         ]
-        plain = [x for x in first if "," not in x[1]["row"]]
+        plain = [(name, row) for name, row in first if "," not in row["row"]]
         kept = {name for name, row in first if name != row["row"]}
         curves = [(name, row) for name, row in first if name in kept]
         draw_points(directory / f"{task}.svg", plain, "share", "accuracy")

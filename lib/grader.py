@@ -33,7 +33,7 @@ def boxed(text):
 
 
 def number(text):
-    """The number that `text` looks like: 72, $72, 1,234, 7.2e1, 18%, 72 dollars. Or None."""
+    """The number that `text` looks like: 72, $72, 1,234, 7.2e1, 18%, 7 dollars. 3 million: None."""
     if found := NUMBER.fullmatch(text):
         return Fraction(re.sub(r"[^\d.+-]", "", found[1]) + (found[2] or ""))
 
